@@ -1,0 +1,1 @@
+"""After deployment, on the stream: adapters that follow a shift without labels."""

@@ -1,0 +1,1 @@
+"""The main job: measure a model, correct it, and report."""

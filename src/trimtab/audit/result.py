@@ -1,0 +1,129 @@
+"""What an audit found: plain data that `audit.json` holds and the report is drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from trimtab.core import persist
+
+Triple = tuple[float, float, float]  # estimate, low, high
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A reliability diagram's bins; arrays of equal length, empty bins left out."""
+
+    lower: list[float]
+    upper: list[float]
+    count: list[int]
+    confidence: list[float]
+    accuracy: list[float]
+    accuracy_low: list[float]
+    accuracy_high: list[float]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One calibrator in the ranking; `log_loss` and `standard_error` are cross-validated, the rest from the test set."""
+
+    name: str
+    symbol: str
+    log_loss: float
+    standard_error: float
+    test_log_loss: Triple
+    test_ece: Triple
+    test_accuracy: Triple
+    seconds: float
+    chosen: bool = False
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class ShiftCell:
+    """One adapter on one shifted stream (shift ``"none"`` is the unshifted test set)."""
+
+    shift: str
+    adapter: str
+    n: int
+    accuracy: Triple
+    ece: Triple
+    log_loss: Triple
+    seconds: float
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """How one class fares: share predicted and true, calibration error of its probability, before and after."""
+
+    name: str
+    count: int
+    recall: float
+    mean_probability: float
+    ece_before: float
+    ece_after: float
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """Everything the report shows.
+
+    Args:
+        title: what was audited, one line.
+        kind: ``"model"`` or ``"table"``.
+        n: rows measured; `n_fit` rows fitted on; `c` classes.
+        classes: class names, c of them.
+        interval_method: how the intervals were made, one sentence.
+        level: coverage of the intervals.
+        before, after: headline measures by name (accuracy, ece, ece_em, mce, cw_ece, log_loss, brier, auroc, aurc,
+            mean_confidence), of the model as it is and after the chosen calibrator.
+        measures: all measures of `metrics.calibration_suite`, by column name.
+        reliability: curves by ``"before"`` and ``"after"``.
+        histogram: counts of confidence in equal-width cells, by ``"before"`` and ``"after"``.
+        risk_coverage: ``"before"`` and ``"after"`` lists of (coverage, risk).
+        ranking: calibrators, best first.
+        shifts: the shift-by-adapter cells.
+        per_class: one row a class.
+        steps: (step, seconds) in the order they ran.
+        versions: what it was run with.
+        settings: seed, workers, and what else was chosen.
+        notes: what a reader should know: warnings, steps left out and why.
+    """
+
+    title: str
+    kind: str
+    n: int
+    n_fit: int
+    c: int
+    classes: list[str]
+    interval_method: str
+    level: float
+    before: dict[str, Triple]
+    after: dict[str, Triple]
+    measures: dict[str, Triple]
+    reliability: dict[str, Curve]
+    histogram: dict[str, list[int]]
+    risk_coverage: dict[str, list[tuple[float, float]]]
+    ranking: list[Ranked]
+    shifts: list[ShiftCell] = field(default_factory=list)
+    per_class: list[ClassRow] = field(default_factory=list)
+    steps: list[tuple[str, float]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        persist.write_json(path, asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Rebuild from what `write` wrote."""
+        data = dict(data)
+        data["reliability"] = {k: Curve(**v) for k, v in data["reliability"].items()}
+        data["ranking"] = [Ranked(**row) for row in data["ranking"]]
+        data["shifts"] = [ShiftCell(**row) for row in data["shifts"]]
+        data["per_class"] = [ClassRow(**row) for row in data["per_class"]]
+        return cls(**data)

@@ -1,0 +1,1 @@
+"""After training, on scores: calibrators that turn logits into true probabilities."""

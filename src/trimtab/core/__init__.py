@@ -1,0 +1,1 @@
+"""What every room stands on: predictions, input checks, module surgery, statistics, persistence, progress."""

@@ -1,0 +1,109 @@
+"""Choosing parameters, finding and swapping layers, watching what flows through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trimtab.core.checks import InputError
+
+BATCH_NORMS = (_BatchNorm,)
+NORMS = (
+    _BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.RMSNorm,
+)
+
+
+def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights and biases of every normalisation layer, by their names in `model`.
+
+    Raises:
+        InputError: the model has no normalisation layer with affine parameters.
+    """
+    chosen = {
+        f"{prefix}.{name}" if prefix else name: parameter
+        for prefix, module in model.named_modules()
+        if isinstance(module, NORMS)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    if not chosen:
+        raise InputError("model must have a normalisation layer with affine parameters, found none")
+    return chosen
+
+
+def all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of `model`, by name."""
+    return dict(model.named_parameters())
+
+
+def replace(model: nn.Module, match: type | tuple[type, ...], build: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Swap, in place, every submodule of a type in `match` for ``build(submodule)``; returns the model.
+
+    The model itself is swapped too when it matches. A module that appears in several places stays shared.
+    """
+    if isinstance(model, match):
+        return build(model)
+    built: dict[int, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, match):
+                built.setdefault(id(child), build(child))
+                setattr(parent, name, built[id(child)])
+    return model
+
+
+def last_linear(model: nn.Module) -> nn.Linear:
+    """The last `nn.Linear` in the order of registration: the classifier head of most networks."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not linears:
+        raise InputError("model must have an nn.Linear layer to take features from, found none; name a module instead")
+    return linears[-1]
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The submodule called `name`, or a message that lists near names."""
+    modules = dict(model.named_modules())
+    if name not in modules or not name:
+        known = ", ".join(n for n in list(modules)[-8:] if n)
+        raise InputError(f"model has no module named {name!r}; the last ones are: {known}")
+    return modules[name]
+
+
+@contextmanager
+def watch_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """A list to which each forward pass of `module` in this block appends its (detached) first input."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode without gradients; every submodule's own mode is restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer lives; the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,98 @@
+"""Files that appear whole or not at all, and tensors without pickle.
+
+`atomic` is the one way trimtab writes a file; `save` and `load` keep tensors in safetensors with a JSON file beside
+them for everything that is not a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimtab.core.checks import InputError
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary path in the folder of `path`; renamed to it when the block ends well, removed when it does not.
+
+    Example:
+        >>> import tempfile; from pathlib import Path
+        >>> target = Path(tempfile.mkdtemp()) / "numbers.txt"
+        >>> with atomic(target) as draft:
+        ...     _ = draft.write_text("1 2 3")
+        >>> target.read_text()
+        '1 2 3'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft_name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    draft = Path(draft_name)
+    try:
+        yield draft
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        draft.chmod(0o666 & ~umask)
+        draft.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            draft.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    with atomic(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as JSON to `path`, whole or not at all; NaN and infinity are written as null."""
+    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write `tensors` to `path` (safetensors) and `meta` to the same name with the ending ``.json``.
+
+    The tensors come last: a reader that finds them finds their description too.
+    """
+    path = Path(path)
+    write_json(path.with_suffix(".json"), meta)
+    with atomic(path) as draft:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(draft))
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save` wrote.
+
+    Raises:
+        InputError: a file is missing, truncated or not what its name says.
+    """
+    path = Path(path)
+    try:
+        return load_file(str(path)), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (SafetensorError, json.JSONDecodeError, FileNotFoundError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} and its .json cannot be read: {error}") from error

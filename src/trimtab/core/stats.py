@@ -1,0 +1,86 @@
+"""Uncertainty of what was measured: bootstrap intervals and paired tests, vectorised over the resamples."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from trimtab.core import checks
+from trimtab.core.checks import InputError
+
+
+class Interval(NamedTuple):
+    """An estimate and the two ends of its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def resample_counts(n: int, resamples: int, seed: int) -> Int[np.ndarray, "resamples n"]:
+    """How often each of n samples is drawn in each bootstrap resample: multinomial counts, every row sums to n."""
+    checks.integer(n, "n", low=1)
+    checks.integer(resamples, "resamples", low=1)
+    random = np.random.default_rng(seed)
+    draws = random.integers(0, n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
+    return np.bincount(draws.ravel(), minlength=resamples * n).reshape(resamples, n)
+
+
+def percentile_interval(estimate: float, replicates: Float[np.ndarray, resamples], level: float = 0.95) -> Interval:
+    """The percentile interval of bootstrap replicates, ignoring replicates that are NaN."""
+    checks.number(level, "level", low=0, high=1, low_open=True, high_open=True)
+    known = replicates[~np.isnan(replicates)]
+    if not len(known):
+        return Interval(estimate, float("nan"), float("nan"))
+    low, high = np.quantile(known, ((1 - level) / 2, (1 + level) / 2))
+    return Interval(estimate, float(low), float(high))
+
+
+def bootstrap_mean(values: Float[np.ndarray, n], *, resamples: int = 2000, level: float = 0.95, seed: int) -> Interval:
+    """Mean of independent values with its percentile bootstrap interval.
+
+    Example:
+        >>> import numpy as np
+        >>> low_to_high = bootstrap_mean(np.array([1.0, 2.0, 3.0]), seed=0)
+        >>> low_to_high.low < low_to_high.estimate < low_to_high.high
+        True
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+        raise InputError(f"values must be a non-empty, finite vector, got shape {values.shape}")
+    random = np.random.default_rng(seed)
+    block = max(1, 4_000_000 // len(values))
+    means = [
+        values[random.integers(0, len(values), size=(min(block, resamples - start), len(values)))].mean(1)
+        for start in range(0, resamples, block)
+    ]
+    return percentile_interval(float(values.mean()), np.concatenate(means), level)
+
+
+def paired_test(a: Float[np.ndarray, n], b: Float[np.ndarray, n], *, resamples: int = 9999, seed: int) -> float:
+    """Two-sided p-value of a paired sign-flip permutation test of mean(a - b) = 0.
+
+    All 2^n flips are used when there are at most `resamples` of them, random ones otherwise.
+
+    Example:
+        >>> import numpy as np
+        >>> paired_test(np.arange(6.0) + 1, np.arange(6.0), seed=0)
+        0.03125
+    """
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    if difference.ndim != 1 or len(difference) == 0 or not np.isfinite(difference).all():
+        raise InputError(f"a and b must be finite vectors of equal length >= 1, got {np.shape(a)} and {np.shape(b)}")
+    n = len(difference)
+    observed = abs(difference.sum()) * (1 - 1e-12)
+    if 2**n <= resamples:
+        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+        return float((np.abs(signs @ difference) >= observed).mean())
+    random = np.random.default_rng(seed)
+    block = max(1, 8_000_000 // n)
+    extreme = 0
+    for start in range(0, resamples, block):
+        signs = random.integers(0, 2, size=(min(block, resamples - start), n), dtype=np.int8) * 2.0 - 1.0
+        extreme += int((np.abs(signs @ difference) >= observed).sum())
+    return (extreme + 1) / (resamples + 1)

@@ -1,0 +1,1 @@
+"""Measuring: calibration, ranking and proper scores, as pure functions and as `torchmetrics.Metric`."""

@@ -1,0 +1,39 @@
+"""Shapes and types are checked at run time in every test that does not hand over bad input on purpose."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from pathlib import Path
+
+import jaxtyping
+import pytest
+from hypothesis import HealthCheck, settings
+
+jaxtyping.install_import_hook("trimtab", "beartype.beartype")
+
+GOLDEN = Path(__file__).parent / "golden"
+settings.register_profile("trimtab", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.load_profile("trimtab")
+
+
+@pytest.fixture(autouse=True)
+def _shape_checks(request):
+    if request.node.get_closest_marker("bad_input"):
+        jaxtyping.config.update("jaxtyping_disable", True)
+        yield
+        jaxtyping.config.update("jaxtyping_disable", False)
+    else:
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _global_random_state_is_untouched():
+    import numpy
+    import torch
+
+    before = torch.get_rng_state(), numpy.random.get_state()[1].copy()  # noqa: NPY002
+    yield
+    assert torch.equal(before[0], torch.get_rng_state()), "the test moved torch's global random state"
+    after = numpy.random.get_state()[1]  # noqa: NPY002
+    assert (before[1] == after).all(), "the test moved numpy's global random state"

@@ -26,7 +26,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One calibrator in the ranking; `log_loss` and `standard_error` are cross-validated, the rest from the test set."""
+    """One calibrator in the ranking; `log_loss` and `standard_error` are cross-validated, the rest is of the test set."""
 
     name: str
     symbol: str

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from trimtab.core.checks import InputError
 def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`; renamed to it when the block ends well, removed when it does not.
 
+    Raises:
+        InputError: the file system refuses (no space left, no permission, not a folder).
+
     Example:
         >>> import tempfile; from pathlib import Path
         >>> target = Path(tempfile.mkdtemp()) / "numbers.txt"
@@ -34,11 +37,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
         '1 2 3'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft_name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    draft = Path(draft_name)
+    draft: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        draft = Path(name)
+        os.close(handle)
         yield draft
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
@@ -46,9 +50,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         draft.chmod(0o666 & ~umask)
         draft.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        with suppress(FileNotFoundError):
-            draft.unlink()
+        if draft is not None:
+            draft.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

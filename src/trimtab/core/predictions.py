@@ -94,7 +94,8 @@ class Predictions:
         """The chosen rows of every field."""
         index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
         kept: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: None if value is None else value[index] for name, value in kept.items()})
+        chosen: dict[str, Any] = {name: None if value is None else value[index] for name, value in kept.items()}
+        return type(self)(**chosen)
 
     def split(self, *fractions: float, seed: int) -> list[Self]:
         """Random disjoint parts, stratified by label, whose sizes follow `fractions`.

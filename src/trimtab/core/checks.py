@@ -14,9 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-
-class InputError(ValueError):
-    """Input that a user can mend: the message names the argument, the expectation and the first bad index."""
+from trimtab.core.errors import InputError as InputError
 
 
 def tensor(value: Any, name: str) -> Tensor:

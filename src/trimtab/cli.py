@@ -1,0 +1,211 @@
+"""The command line. Everything heavy is imported inside the command that needs it, so that ``--help`` is instant.
+
+Every command follows the same rules: results on standard output, progress and errors on standard error;
+``--format json`` for machines; exit code 0 when done, 2 for input that the user can mend, 130 when interrupted, and 1
+for a fault (or for a check that says no).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import trimtab
+from trimtab import catalog
+from trimtab.core.errors import InputError
+
+
+class Format(StrEnum):
+    """How results are written to standard output."""
+
+    text = "text"
+    json = "json"
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Form = Annotated[Format, typer.Option("--format", help="Text for people, or JSON for machines.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same numbers.")]
+Workers = Annotated[
+    int,
+    typer.Option("--workers", min=1, default_factory=_cores, show_default="all cores", help="Processes to use."),
+]
+Slugs = Annotated[
+    list[str] | None, typer.Argument(metavar="[METHOD]...", help="Methods, such as eata; all where none is named.")
+]
+Fast = Annotated[bool, typer.Option("--fast", help="Only claims that take a minute or less.")]
+
+app = typer.Typer(
+    name="trimtab",
+    help="Small corrections that keep big models true: measure how far a model's confidence is from reality, "
+    "correct it, prove the correction.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+claims_app = typer.Typer(help="The proof that every method carries: measure it, check it, read it.")
+app.add_typer(claims_app, name="claims", no_args_is_help=True)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of a fault.")] = False,
+) -> None:
+    if version:
+        typer.echo(trimtab.__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("list")
+def list_(form: Form = Format.text) -> None:
+    """List the methods."""
+    if form is Format.json:
+        _print_json([asdict(method) for method in catalog.methods()])
+        return
+    from rich.table import Table
+
+    table = Table("method", "stage", "symbols", "what it does", pad_edge=False)
+    for method in catalog.methods():
+        table.add_row(method.slug, method.stage, ", ".join(method.symbols), method.summary)
+    _print(table)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="METHOD", help="Slug or symbol: 24-eata, eata, Tent.")],
+    form: Form = Format.text,
+) -> None:
+    """Show one method: what it does, how it is used, what its claim found."""
+    method = catalog.find(name)
+    result = catalog.result(method.slug)
+    if form is Format.json:
+        _print_json({**asdict(method), "names": method.names, "paper": method.paper, "result": result})
+        return
+    typer.echo(f"{method.title}\n{method.summary}\n")
+    typer.echo(f"paper   {method.paper}\nstatus  {method.status}, since {method.since}")
+    typer.echo(f"import  from trimtab.{method.stage} import {', '.join(method.symbols)}\n")
+    for symbol in method.symbols:
+        opening = method.docstring(symbol).partition("\n\n")[0]
+        typer.echo(f"{symbol}: {opening}")
+    if result is not None:
+        from trimtab.claims.table import table
+
+        typer.echo(f"\nclaim   {result['statement']}")
+        _print(table([result]))
+
+
+@claims_app.command("run")
+def claims_run(
+    workers: Workers,
+    slugs: Slugs = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="How many seeds; else those of the claim.")
+    ] = None,
+    results: Annotated[Path, typer.Option("--results", help="Folder to write results into.")] = Path("results"),
+    fast: Fast = False,
+    quiet: Quiet = False,
+    form: Form = Format.text,
+) -> None:
+    """Measure claims and write their results; a run that was killed goes on where it stopped."""
+    from trimtab.claims import run as runner
+    from trimtab.claims.table import table
+    from trimtab.core import progress
+
+    with progress.display(not quiet):
+        measured = runner.run(runner.chosen(slugs or [], fast=fast), results, workers=workers, seeds=seeds)
+    _print_json(measured) if form is Format.json else _print(table(measured))
+
+
+@claims_app.command("check")
+def claims_check(
+    workers: Workers,
+    slugs: Slugs = None,
+    results: Annotated[Path | None, typer.Option("--results", help="Folder to compare with.")] = None,
+    fast: Fast = False,
+    quiet: Quiet = False,
+    form: Form = Format.text,
+) -> None:
+    """Measure claims again; exit code 1 where a verdict is not the published one."""
+    from trimtab.claims import run as runner
+    from trimtab.core import progress
+
+    with progress.display(not quiet):
+        rows = runner.check(runner.chosen(slugs or [], fast=fast), results, workers=workers)
+    if form is Format.json:
+        _print_json(rows)
+    else:
+        for row in rows:
+            typer.echo(f"{row['slug']}: published {row['published']}, measured {row['measured']}")
+    if any(row["published"] != row["measured"] for row in rows):
+        raise typer.Exit(1)
+
+
+@claims_app.command("table")
+def claims_table(
+    results: Annotated[Path | None, typer.Option("--results", help="Folder to read; else the published one.")] = None,
+    form: Form = Format.text,
+) -> None:
+    """Print the verdict of every claim, with what was expected and what was measured."""
+    from trimtab.claims.table import read, table
+
+    found = read(results)
+    _print_json(found) if form is Format.json else _print(table(found))
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=False).print(table)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+_UsageError: Any = typer.BadParameter.__base__  # typer brings its own click, or uses the installed one
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; the one place where errors become a line on standard error and an exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(app)
+    try:
+        code = command.main([a for a in given if a != "--debug"], prog_name="trimtab", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except _UsageError as error:
+        place = error.ctx.command_path if error.ctx else "trimtab"
+        _leave(f"{error.format_message()} (`{place} --help` says more)", 2)
+    except InputError as error:
+        _leave(str(error), 2)
+    except Exception as error:
+        if "--debug" in given:
+            raise
+        _leave(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+    if code == 130:
+        _leave("interrupted", 130)
+    sys.exit(code)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    typer.echo("trimtab: " + " ".join(message.split()), err=True)
+    sys.exit(code)

@@ -180,9 +180,9 @@ class Predictions:
         rows: dict[str, list[Tensor]] = {"logits": [], "labels": [], "features": [], "views": []}
         with modules.evaluating(model):
             for number, batch in enumerate(progress.track(loader, description)):
-                inputs, labels = _take_apart(batch, device)
+                inputs, labels = take_apart(batch, device)
                 with modules.watch_input(watched) as seen:
-                    logits = _logits(model, inputs)
+                    logits = logits_of(model, inputs)
                 try:
                     checks.logits(logits, "the model's output")
                 except InputError as error:
@@ -193,7 +193,7 @@ class Predictions:
                 if features:
                     rows["features"].append(seen[-1].flatten(1).cpu())
                 if augment is not None:
-                    copies = [_logits(model, augment(inputs, generator)) for _ in range(views)]
+                    copies = [logits_of(model, augment(inputs, generator)) for _ in range(views)]
                     rows["views"].append(torch.stack(copies, 1).cpu())
         if not rows["logits"]:
             raise InputError("loader must yield at least one batch, it yielded none")
@@ -221,7 +221,7 @@ class Predictions:
         tables.write(path, {f.name: getattr(self, f.name) for f in fields(self)})
 
 
-def _take_apart(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
+def take_apart(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
     """Split a batch of a loader into the model's input and the labels, both on `device`."""
     if isinstance(batch, Mapping):
         tensors = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -234,6 +234,7 @@ def _take_apart(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
     return batch.to(device), None
 
 
-def _logits(model: nn.Module, inputs: Any) -> Tensor:
+def logits_of(model: Callable[..., Any], inputs: Any) -> Tensor:
+    """What `model` says about one batch: its output, or the ``.logits`` of its output; a mapping holds keywords."""
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     return getattr(output, "logits", output)

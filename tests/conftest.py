@@ -4,13 +4,21 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
 
 import jaxtyping
 import pytest
+from beartype import BeartypeConf, FrozenDict, beartype
 from hypothesis import HealthCheck, settings
 
-jaxtyping.install_import_hook("trimtab", "beartype.beartype")
+# jaxtyping decorates methods one by one, where beartype cannot know what Self is
+shapes = ModuleType("trimtab_shapes")
+shapes.check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
+sys.modules["trimtab_shapes"] = shapes
+jaxtyping.install_import_hook("trimtab", "trimtab_shapes.check")
 
 GOLDEN = Path(__file__).parent / "golden"
 settings.register_profile("trimtab", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -105,8 +106,8 @@ class Table:
         """The ``label`` column, checked against the number of classes: (n,) int64."""
         if not self.labelled:
             raise InputError(f"{self.path}: column 'label' is missing; found {self._names[:8]}")
-        values = np.concatenate([self._numpy(batch.column(0)) for batch in self._batches(["label"])])
-        return checks.labels(values, self.n, self.c, "column 'label'")
+        values = np.concatenate([self._numpy(batch.column(0), start) for start, batch in self._batches(["label"])])
+        return checks.labels(values, self.n, self.c, f"{self.path}: column 'label'")
 
     def scores(self) -> Tensor:
         """All class scores as logits or log-probabilities: (n, c)."""
@@ -120,16 +121,11 @@ class Table:
 
     def blocks(self, rows: int = 1 << 17) -> Iterator[tuple[int, Tensor]]:
         """Consecutive (first row, logits) blocks of at most `rows` rows, each checked as it is read."""
-        start = 0
-        for batch in self._batches(self._score_columns, rows):
-            columns = batch.columns
+        for start, batch in self._batches(self._score_columns, rows):
             if self._listed:
-                values = self._numpy(columns[0].flatten())
-                if len(values) != batch.num_rows * self.c:
-                    raise InputError(f"{self.path}: column {self._score_columns[0]!r} must hold {self.c} numbers a row")
-                block = torch.from_numpy(values.reshape(-1, self.c).copy())
+                block = torch.from_numpy(self._lists(batch.column(0), start))
             else:
-                block = torch.from_numpy(np.stack([self._numpy(column) for column in columns], axis=1))
+                block = torch.from_numpy(np.stack([self._numpy(column, start) for column in batch.columns], axis=1))
             if not block.is_floating_point():
                 block = block.double()
             where = f"{self.path}, rows from {start}: {self.kind} columns"
@@ -139,7 +135,6 @@ class Table:
             else:
                 checks.logits(block, where)
             yield start, block
-            start += len(block)
 
     def column(self, k: int) -> Tensor:
         """The stored scores of class k (logits or probabilities as they lie in the file): (n,)."""
@@ -175,38 +170,62 @@ class Table:
         return [f"{stem}_{i}" for i in numbers]
 
     def _list_width(self) -> int:
-        first = next(self._batches(self._score_columns, 1)).column(0)
+        first = next(self._batches(self._score_columns, 1))[1].column(0)
         if not (
             pa.types.is_list(first.type)
             or pa.types.is_fixed_size_list(first.type)
             or pa.types.is_large_list(first.type)
         ):
             raise InputError(f"{self.path}: column {self._score_columns[0]!r} must hold lists, holds {first.type}")
-        return len(first.flatten())
+        width = len(first.flatten())
+        if width == 0:
+            raise InputError(f"{self.path}: column {self._score_columns[0]!r} must hold lists, row 0 holds none")
+        return width
 
-    def _batches(self, columns: list[str], rows: int = 1 << 17) -> Iterator[pa.RecordBatch]:
+    def _batches(self, columns: list[str], rows: int = 1 << 17) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The columns in batches of at most `rows` rows, each with the number of its first row."""
         missing = [name for name in columns if name not in self._names]
         if missing:
             raise InputError(f"{self.path}: column {missing[0]!r} is missing")
         try:
             if isinstance(self._source, pq.ParquetFile):
-                yield from self._source.iter_batches(batch_size=rows, columns=columns)
+                batches = self._source.iter_batches(batch_size=rows, columns=columns)
             else:
-                yield from self._source.select(columns).to_batches(max_chunksize=rows)
+                batches = self._source.select(columns).to_batches(max_chunksize=rows)
+            start = 0
+            for batch in batches:
+                yield start, batch
+                start += batch.num_rows
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{self.path}: cannot be read: {error}") from error
 
     def _matrix(self, columns: list[str]) -> Tensor:
         parts = [
-            np.stack([self._numpy(column) for column in batch.columns], axis=1) for batch in self._batches(columns)
+            np.stack([self._numpy(column, start) for column in batch.columns], axis=1)
+            for start, batch in self._batches(columns)
         ]
         matrix = torch.from_numpy(np.concatenate(parts))
         return matrix if matrix.is_floating_point() else matrix.double()
 
-    def _numpy(self, column: pa.Array) -> np.ndarray:
+    def _lists(self, column: pa.Array, start: int) -> np.ndarray:
+        """A list column as (rows, c), every list checked to hold c numbers."""
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+        if (lengths != self.c).any():
+            row = int(np.argmax(lengths != self.c))
+            raise InputError(
+                f"{self.path}: column {self._score_columns[0]!r} must hold {self.c} numbers a row, "
+                f"row {start + row} holds {lengths[row]}"
+            )
+        values = column.flatten()
+        if values.null_count:
+            row = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False))) // self.c
+            raise InputError(f"{self.path}: values must not be missing, found a null at row {start + row}")
+        return self._numpy(values, start).reshape(-1, self.c).copy()
+
+    def _numpy(self, column: pa.Array, start: int) -> np.ndarray:
         if column.null_count:
             row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-            raise InputError(f"{self.path}: values must not be missing, found a null (row {row} of a block)")
+            raise InputError(f"{self.path}: values must not be missing, found a null at row {start + row}")
         if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
             raise InputError(f"{self.path}: columns must be numeric, found one of type {column.type}")
         return column.to_numpy(zero_copy_only=False)

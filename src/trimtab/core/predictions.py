@@ -125,19 +125,25 @@ class Predictions:
         """k pairs (fit, held out) for cross-validation, stratified by label; every row is held out once."""
         checks.integer(k, "k", low=2, high=self.n)
         fold = np.empty(self.n, dtype=int)
-        fold[self._stratified_position(seed)] = np.arange(self.n) % k
+        fold[self._class_by_class(np.random.default_rng(seed))] = np.arange(self.n) % k
         masks = [torch.from_numpy(fold == i) for i in range(k)]
         return [(self[(~mask).nonzero()[:, 0]], self[mask.nonzero()[:, 0]]) for mask in masks]
 
     def _stratified_position(self, seed: int) -> np.ndarray:
         """An order of the rows in which every stretch holds the classes in their overall shares."""
         random = np.random.default_rng(seed)
-        labels = np.zeros(self.n, dtype=int) if self.labels is None else self.labels.cpu().numpy()
-        shuffled = random.permutation(self.n)
-        shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]
-        counts = np.bincount(labels)
+        rows = self._class_by_class(random)
+        counts = np.bincount(self._strata())
         within = np.concatenate([(np.arange(m) + random.random()) / m for m in counts if m])
-        return shuffled[np.argsort(within, kind="stable")]
+        return rows[np.argsort(within, kind="stable")]
+
+    def _class_by_class(self, random: np.random.Generator) -> np.ndarray:
+        """The rows of the first class in random order, then those of the second, ..."""
+        shuffled = random.permutation(self.n)
+        return shuffled[np.argsort(self._strata()[shuffled], kind="stable")]
+
+    def _strata(self) -> np.ndarray:
+        return np.zeros(self.n, dtype=int) if self.labels is None else self.labels.cpu().numpy()
 
     @classmethod
     def collect(
@@ -227,11 +233,10 @@ def take_apart(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
         tensors = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         labels = tensors.pop("labels", tensors.pop("label", None))
         return tensors, labels
-    if isinstance(batch, (tuple, list)):
-        if len(batch) not in (1, 2) or not all(isinstance(part, Tensor) for part in batch):
-            raise InputError("loader must yield inputs, (inputs, labels) or a mapping of tensors")
-        return batch[0].to(device), batch[1] if len(batch) == 2 else None
-    return batch.to(device), None
+    parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+    if len(parts) not in (1, 2) or not all(isinstance(part, Tensor) for part in parts):
+        raise InputError("loader must yield inputs, (inputs, labels) or a mapping of tensors")
+    return parts[0].to(device), parts[1] if len(parts) == 2 else None
 
 
 def logits_of(model: Callable[..., Any], inputs: Any) -> Tensor:

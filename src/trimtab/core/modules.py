@@ -52,12 +52,13 @@ def replace(model: nn.Module, match: type | tuple[type, ...], build: Callable[[n
     """
     if isinstance(model, match):
         return build(model)
-    built: dict[int, nn.Module] = {}
+    built: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, match):
-                built.setdefault(id(child), build(child))
-                setattr(parent, name, built[id(child)])
+        for name, child in list(parent._modules.items()):  # named_children shows a shared child only once
+            if child is not None and isinstance(child, match):
+                if child not in built:
+                    built[child] = build(child)
+                setattr(parent, name, built[child])
     return model
 
 

@@ -50,6 +50,7 @@ def bootstrap_mean(values: Float[np.ndarray, n], *, resamples: int = 2000, level
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
         raise InputError(f"values must be a non-empty, finite vector, got shape {values.shape}")
+    checks.integer(resamples, "resamples", low=1)
     random = np.random.default_rng(seed)
     block = max(1, 4_000_000 // len(values))
     means = [
@@ -69,9 +70,11 @@ def paired_test(a: Float[np.ndarray, n], b: Float[np.ndarray, n], *, resamples: 
         >>> paired_test(np.arange(6.0) + 1, np.arange(6.0), seed=0)
         0.03125
     """
-    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    if difference.ndim != 1 or len(difference) == 0 or not np.isfinite(difference).all():
-        raise InputError(f"a and b must be finite vectors of equal length >= 1, got {np.shape(a)} and {np.shape(b)}")
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.ndim != 1 or a.shape != b.shape or len(a) == 0 or not (np.isfinite(a) & np.isfinite(b)).all():
+        raise InputError(f"a and b must be finite vectors of equal length >= 1, got shapes {a.shape} and {b.shape}")
+    checks.integer(resamples, "resamples", low=1)
+    difference = a - b
     n = len(difference)
     observed = abs(difference.sum()) * (1 - 1e-12)
     if 2**n <= resamples:

@@ -61,6 +61,7 @@ def _minimise(
     """Newton's method in s inside a bracket that every slope narrows; bisection where a step would leave it."""
     smallest, largest = 1 / BOUNDS[1], 1 / BOUNDS[0]
     low, high = 0.0, math.inf
+    mass = len(labels) if weights is None else float(weights.sum(dtype=torch.float64))
     for _ in range(max_passes):
         slope, curvature = _derivatives(logits, labels, weights, s)
         if slope > 0:
@@ -73,7 +74,7 @@ def _minimise(
         target = min(max(newton, smallest), largest)
         if abs(target - s) <= tolerance * s:
             return target, True
-        if abs(slope) * s <= _FLAT * len(labels):
+        if abs(slope) * s <= _FLAT * mass:
             return (largest if slope < 0 else smallest), True
         s = target if low < target < high else math.sqrt(low * high)
     return s, False

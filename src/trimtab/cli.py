@@ -42,7 +42,7 @@ Workers = Annotated[
     typer.Option("--workers", min=1, default_factory=_cores, show_default="all cores", help="Processes to use."),
 ]
 Slugs = Annotated[
-    list[str] | None, typer.Argument(metavar="[METHOD]...", help="Methods, such as eata; all where none is named.")
+    list[str] | None, typer.Argument(metavar="METHOD", help="Methods, such as eata; all where none is named.")
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="Only claims that take a minute or less.")]
 
@@ -54,8 +54,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-claims_app = typer.Typer(help="The proof that every method carries: measure it, check it, read it.")
-app.add_typer(claims_app, name="claims", no_args_is_help=True)
+claims_app = typer.Typer(help="Measure, check and read the methods' claims.")
+app.add_typer(claims_app, name="claims")
 
 
 @app.callback(invoke_without_command=True)
@@ -90,7 +90,7 @@ def show(
     name: Annotated[str, typer.Argument(metavar="METHOD", help="Slug or symbol: 24-eata, eata, Tent.")],
     form: Form = Format.text,
 ) -> None:
-    """Show one method: what it does, how it is used, what its claim found."""
+    """Show one method, how it is used and what its claim found."""
     method = catalog.find(name)
     result = catalog.result(method.slug)
     if form is Format.json:
@@ -121,7 +121,10 @@ def claims_run(
     quiet: Quiet = False,
     form: Form = Format.text,
 ) -> None:
-    """Measure claims and write their results; a run that was killed goes on where it stopped."""
+    """Measure claims and write their results.
+
+    A run that was killed goes on where it stopped.
+    """
     from trimtab.claims import run as runner
     from trimtab.claims.table import table
     from trimtab.core import progress
@@ -140,7 +143,10 @@ def claims_check(
     quiet: Quiet = False,
     form: Form = Format.text,
 ) -> None:
-    """Measure claims again; exit code 1 where a verdict is not the published one."""
+    """Measure claims again and compare.
+
+    The exit code is 1 where a verdict is not the published one.
+    """
     from trimtab.claims import run as runner
     from trimtab.core import progress
 
@@ -160,7 +166,7 @@ def claims_table(
     results: Annotated[Path | None, typer.Option("--results", help="Folder to read; else the published one.")] = None,
     form: Form = Format.text,
 ) -> None:
-    """Print the verdict of every claim, with what was expected and what was measured."""
+    """Print what every claim expected and what was measured."""
     from trimtab.claims.table import read, table
 
     found = read(results)

@@ -11,12 +11,16 @@ from typing import Any, Self
 
 import jaxtyping
 import pytest
+import typer
 from beartype import BeartypeConf, FrozenDict, beartype
 from hypothesis import HealthCheck, settings
 
-# jaxtyping decorates methods one by one, where beartype cannot know what Self is; an int is a float, as in PEP 484
+# jaxtyping decorates methods one by one, where beartype cannot know what Self is; what typer hands over
+# is no typer.Context; an int is a float, as in PEP 484
 shapes = ModuleType("trimtab_shapes")
-shapes.check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any}), is_pep484_tower=True))
+shapes.check = beartype(
+    conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any, typer.Context: Any}), is_pep484_tower=True)
+)
 sys.modules["trimtab_shapes"] = shapes
 jaxtyping.install_import_hook("trimtab", "trimtab_shapes.check")
 

@@ -77,11 +77,12 @@ def list_(form: Form = Format.text) -> None:
     if form is Format.json:
         _print_json([asdict(method) for method in catalog.methods()])
         return
-    from rich.table import Table
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
 
-    table = Table("method", "stage", "symbols", "what it does", pad_edge=False)
+    table = Table(Column("method", no_wrap=True), "symbols", "what it does", box=SIMPLE, pad_edge=False)
     for method in catalog.methods():
-        table.add_row(method.slug, method.stage, ", ".join(method.symbols), method.summary)
+        table.add_row(method.slug, ", ".join(method.symbols), method.summary)
     _print(table)
 
 
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _leave(f"{type(error).__name__}: {error} (--debug shows where)", 1)
     if code == 130:
         _leave("interrupted", 130)
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Column, Table
 
 from trimtab import catalog
 
@@ -26,15 +28,17 @@ def effect(expectation: dict[str, Any]) -> str:
 
 
 def table(results: Iterable[dict[str, Any]]) -> Table:
-    """One row an expectation, grouped by claim."""
-    drawn = Table("claim", "verdict", "expected", "measured", "seeds", highlight=False, pad_edge=False)
+    """A claim with its verdict, and below it what each expectation measured."""
+    drawn = Table(Column("claim", no_wrap=True), "expected", "measured", "verdict", box=SIMPLE, pad_edge=False)
     for result in results:
-        verdict = result["verdict"]
-        first = (f"[bold]{result['slug']}[/]", f"[{_STYLES[verdict]}]{verdict}[/]", "", "", str(len(result["values"])))
-        drawn.add_row(*first)
+        seeds = f"{len(result['values'])} seeds" if result["values"] else ""
+        drawn.add_row(f"[bold]{result['slug']}[/]", f"[italic]{result['statement']}[/]", seeds, _coloured(result))
         for expectation in result["expectations"]:
-            style = _STYLES[expectation["verdict"]]
-            words = f"[{style}]{expectation['verdict']}[/]"
-            drawn.add_row("", words, expectation["text"], effect(expectation), "")
+            drawn.add_row("", escape(expectation["text"]), escape(effect(expectation)), _coloured(expectation))
         drawn.add_section()
     return drawn
+
+
+def _coloured(judged: dict[str, Any]) -> str:
+    verdict = judged["verdict"]
+    return f"[{_STYLES[verdict]}]{verdict}[/]"

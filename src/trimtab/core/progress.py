@@ -19,7 +19,7 @@ _display: ContextVar[Progress | None] = ContextVar("trimtab_progress", default=N
 
 @contextmanager
 def display(enabled: bool = True) -> Iterator[None]:
-    """Show the bars of every `track` inside this block, on standard error.
+    """Show the bars of every `track` inside this block, on standard error where that is a terminal.
 
     Args:
         enabled: False leaves an already open display as it is and opens none.
@@ -33,7 +33,8 @@ def display(enabled: bool = True) -> Iterator[None]:
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         token = _display.set(progress)
         try:
             yield

@@ -1,0 +1,341 @@
+"""The contract of every adapter, and what all of them share: a model that follows its stream without labels.
+
+A method subclasses `Adapter`, configures ``self.model`` in its constructor, ends that with ``self._begin(...)``, and
+says in ``_adapt`` what happens to one batch (and in ``_predict``, where it differs, what is said without adapting).
+What it must remember goes into buffers, whose shapes may change, or into submodules; then saving, restoring and moving
+come by themselves. It restores in ``reset`` whatever it changes besides the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, TypedDict
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from trimtab.adaptation import state
+from trimtab.adaptation.batch_stats import MixedBatchNorm
+from trimtab.core import checks
+from trimtab.core.checks import InputError
+from trimtab.core.modules import BATCH_NORMS
+from trimtab.core.predictions import logits_of
+
+Inputs = Shaped[Tensor, "n ..."] | Mapping[str, Any]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Choice = Callable[[nn.Module], Mapping[str, nn.Parameter]]
+
+ADAM: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3)
+"""Adam, learning rate 1e-3, betas (0.9, 0.999): what the benchmarks use on 32 x 32 images in batches of 200."""
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that every adapter takes; see `Adapter`."""
+
+    steps: int
+    episodic: bool
+    reset_every: int | None
+    window: int
+    inplace: bool
+
+
+class Adapter(nn.Module):
+    """A model that predicts each batch of an unlabelled stream and learns from it as it goes.
+
+    ``adapter(x)`` returns what is said about the batch, and may change the wrapped model; gradients are switched on
+    inside, whatever the caller's mode. ``state_dict()`` holds everything, flat and in tensors: saved in the middle of
+    a stream and loaded into an adapter that was built in the same way, it goes on bit by bit. The modes of the wrapped
+    networks are fixed at construction: ``adapter.train()`` and ``adapter.eval()`` do not reach them. Move the model to
+    its device and precision before it is wrapped.
+
+    Args:
+        model: a classifier that maps a batch of n inputs to logits (n, c), c >= 2, or to an object with ``.logits``.
+            It is copied, and stays as it is, unless `inplace`.
+        steps: updates a batch; 1 as in all papers. What is returned comes from the last forward pass before an update.
+        episodic: reset before every batch.
+        reset_every: reset after so many updates, as RDumb does (Press et al. 2023); None never does.
+        window: for streams that come one input at a time. With w > 1, the last w inputs stay in a buffer, which is
+            passed through the model for its batch statistics; the model is updated each time that the buffer has been
+            renewed; the current input's row is returned.
+        inplace: change the given model instead of a copy of it.
+
+    Attributes:
+        outputs: whether the adapter returns ``"logits"`` or ``"probabilities"``.
+        samples, updates, skipped, resets: counters (buffers): inputs seen, optimizer steps made, steps left out because
+            the loss or its gradient was not finite, resets. A reset does not clear them.
+
+    Raises:
+        InputError: an option is out of range; or, at a call, the input holds NaN or infinities, is empty, comes with
+            labels, or is too small for batch statistics.
+    """
+
+    outputs: ClassVar[Literal["logits", "probabilities"]] = "logits"
+    samples: Tensor
+    updates: Tensor
+    skipped: Tensor
+    resets: Tensor
+    singles: Tensor
+    recent: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        steps: int = 1,
+        episodic: bool = False,
+        reset_every: int | None = None,
+        window: int = 1,
+        inplace: bool = False,
+    ):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = model if inplace else deepcopy(model)
+        self.model.eval()
+        self.steps = checks.integer(steps, "steps", low=1)
+        self.episodic = episodic
+        self.reset_every = None if reset_every is None else checks.integer(reset_every, "reset_every", low=1)
+        self.window = checks.integer(window, "window", low=1)
+        self.moving: dict[str, nn.Parameter] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.generator: torch.Generator | None = None
+        self._frozen = False
+        for name in ("samples", "updates", "skipped", "resets", "singles"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.register_buffer("recent", torch.empty(0))
+
+    def _begin(self, choice: Choice | None = None, optimizer: OptimizerFactory | None = None) -> None:
+        """Fix what moves and remember where it starts; the last line of every adapter's constructor."""
+        self.model.requires_grad_(False)
+        if choice is not None:
+            self.moving = dict(choice(self.model))
+            if not self.moving:
+                raise InputError("parameters_of must choose at least one parameter, it chose none")
+            known = dict(self.model.named_parameters())
+            for name, parameter in self.moving.items():
+                if known.get(name) is not parameter:
+                    raise InputError(f"parameters_of must choose parameters of the model, {name!r} is none")
+                parameter.requires_grad_(True).grad = None
+            self.optimizer = (optimizer or ADAM)(list(self.moving.values()))
+        self.source = state.Tensors({**self.moving, **dict(self.model.named_buffers())})
+        self._rows_interact = any(
+            (isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None))
+            or (isinstance(module, MixedBatchNorm) and not module.follow)
+            for module in self.model.modules()
+        )
+
+    def _adapt(self, x: Inputs) -> Tensor:
+        """Predict one batch, gradients switched on, and learn from it."""
+        raise NotImplementedError
+
+    def _predict(self, x: Inputs) -> Tensor:
+        """Predict one batch and change nothing."""
+        return self._call(self.model, x)
+
+    def forward(self, x: Inputs, labels: None = None) -> Float[Tensor, "n c"]:
+        """Predict and adapt.
+
+        Args:
+            x: n >= 1 inputs: a tensor (n, ...), or a mapping that holds the model's keyword arguments.
+            labels: refused; adapters never see labels.
+        """
+        if labels is not None:
+            raise InputError("labels must not be given: an adapter learns from inputs alone")
+        n = _checked_size(x)
+        if self._frozen:
+            with torch.no_grad():
+                return self._slide(x) if self.window > 1 and n == 1 else self._predict(x)
+        with torch.inference_mode(False), torch.enable_grad():
+            if isinstance(x, Tensor):
+                x = x.clone() if x.is_inference() else x.detach()
+            if self.episodic:
+                self._restart()
+            outputs = self._slide(x) if self.window > 1 and n == 1 else self._learn(x)
+            self.samples += n
+            return outputs.detach()
+
+    def log_probs(self, x: Inputs) -> Float[Tensor, "n c"]:
+        """Predict and adapt, as a call does; returns log-probabilities whatever the adapter's `outputs`."""
+        return self._log_probs(self(x))
+
+    def reset(self) -> None:
+        """Return to the source model, with a fresh optimizer and an empty window; counters go on."""
+        self._restore(self.model)
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+        self.singles.zero_()
+        self.recent = self.recent.new_empty(0)
+        self.resets += 1
+
+    @contextmanager
+    def frozen(self) -> Iterator[Self]:
+        """Predict without adapting: nothing of the adapter changes in this block."""
+        before, self._frozen = self._frozen, True
+        try:
+            yield self
+        finally:
+            self._frozen = before
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the flag of the adapter alone: the networks inside keep the modes that they were configured with."""
+        self.training = mode
+        return self
+
+    def _call(self, network: Callable[..., Any], x: Inputs) -> Float[Tensor, "n c"]:
+        try:
+            logits = logits_of(network, x)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                f"x must give every channel more than one value for batch statistics ({error}); "
+                "pass larger batches, or set window"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InputError(f"model must return logits (n, c) with c >= 2, it returned {shape}")
+        return logits
+
+    def _descend(self, loss: Tensor) -> bool:
+        """One optimizer step down `loss`; False, and counted, where the loss or its gradient is not finite."""
+        assert self.optimizer is not None
+        if not loss.requires_grad:
+            raise InputError("model must let gradients flow from its output to the parameters that move, it does not")
+        sound = bool(loss.isfinite())
+        if sound:
+            torch.autograd.backward(loss)
+            gradients = [parameter.grad for parameter in self.moving.values() if parameter.grad is not None]
+            sound = bool(get_total_norm(gradients).isfinite())
+        if sound:
+            self.optimizer.step()
+            self.updates += 1
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad()
+        return sound
+
+    def _restore(self, network: nn.Module) -> None:
+        """Copy the source's values into `network`, which has the model's names."""
+        live = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        with torch.no_grad():
+            for name, value in self.source.named().items():
+                live[name].copy_(value)
+
+    def _learn(self, x: Inputs) -> Tensor:
+        for _ in range(self.steps):
+            before = int(self.updates) if self.reset_every else 0
+            outputs = self._adapt(x)
+            if self.reset_every and int(self.updates) // self.reset_every > before // self.reset_every:
+                self._restart()
+        return outputs
+
+    def _restart(self) -> None:
+        """Reset what was learnt, not which inputs came last."""
+        recent, singles = self.recent, self.singles.clone()
+        self.reset()
+        self.recent, self.singles = recent, singles
+
+    def _slide(self, x: Inputs) -> Tensor:
+        """One input of a stream that comes one by one: its prediction among the last `window` inputs."""
+        if not isinstance(x, Tensor):
+            raise InputError(f"x must be a tensor where window > 1, got {type(x).__name__}")
+        if self.recent.numel() and self.recent.shape[1:] != x.shape[1:]:
+            kept, got = tuple(self.recent.shape[1:]), tuple(x.shape[1:])
+            raise InputError(f"x must have the shape of the inputs in the window, {kept}, got {got}")
+        rows = torch.cat((self.recent, x))[-self.window :] if self.recent.numel() else x.clone()
+        if not self._frozen:
+            self.recent = rows
+            self.singles += 1
+            if int(self.singles) % self.window == 0:
+                return self._learn(rows)[-1:]
+        with torch.no_grad(), _source_statistics(self if len(rows) == 1 else nn.Identity()):
+            return self._predict(rows if self._rows_interact else x)[-1:]
+
+    def _log_probs(self, outputs: Tensor) -> Tensor:
+        if self.outputs == "logits":
+            return outputs.log_softmax(1)
+        return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.optimizer is not None:
+            for name, tensor in state.pack(self.optimizer, self.moving).items():
+                destination[f"{prefix}optimizer.{name}"] = tensor
+        if self.generator is not None:
+            destination[f"{prefix}generator"] = self.generator.get_state()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.optimizer is not None:
+            start = f"{prefix}optimizer."
+            packed = {key[len(start) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
+            unexpected_keys += [start + name for name in state.unpack(self.optimizer, self.moving, packed)]
+            missing_keys += [] if "lr" in packed else [f"{start}lr"]
+        if self.generator is not None:
+            if f"{prefix}generator" in state_dict:
+                self.generator.set_state(state_dict.pop(f"{prefix}generator").cpu())
+            else:
+                missing_keys.append(f"{prefix}generator")
+        for name, buffer in self.named_buffers(recurse=False):
+            if f"{prefix}{name}" in state_dict:  # its shape may have changed
+                setattr(self, name, state_dict[f"{prefix}{name}"].to(buffer.device, copy=True))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def entropy(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+    """Shannon entropy of softmax(logits) in nats, row by row."""
+    log_probs = logits.log_softmax(1)
+    return -(log_probs.exp() * log_probs).sum(1)
+
+
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Mean teacher: every parameter of `teacher` becomes momentum x itself + (1 - momentum) x the student's."""
+    with torch.no_grad():
+        for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+            slow.lerp_(fast, 1 - momentum)
+
+
+@contextmanager
+def _source_statistics(module: nn.Module) -> Iterator[None]:
+    """`nn.BatchNorm1d` in eval mode in this block: one row alone has no statistics."""
+    layers = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()
+
+
+def _checked_size(x: Any) -> int:
+    """The number of inputs of a batch that holds tensors, finite, and no labels."""
+    if isinstance(x, Mapping):
+        for name in ("labels", "label"):
+            if name in x:
+                raise InputError(f"x must not hold {name!r}: an adapter learns from inputs alone")
+        tensors = {f"x[{name!r}]": value for name, value in x.items() if isinstance(value, Tensor)}
+    elif isinstance(x, Tensor):
+        tensors = {"x": x}
+    else:
+        raise InputError(f"x must be a tensor or a mapping of inputs, without labels, got {type(x).__name__}")
+    if not tensors or any(value.ndim == 0 or len(value) == 0 for value in tensors.values()):
+        raise InputError("x must hold at least one input, got an empty batch")
+    for name, value in tensors.items():
+        checks.finite(value, name)
+    return len(next(iter(tensors.values())))

@@ -1,15 +1,27 @@
-PYTHON ?= python3
+# make demo: install into .venv and audit a small network; make test: all checks. Only Python >= 3.11, git and make are needed.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint docs bench clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs claims bench clean
+
+help:
+	@echo "make demo    train a small network, audit it, leave the report in out/demo"
+	@echo "make test    ruff, mypy, import-linter, pytest"
+	@echo "make lint    the first three of these"
+	@echo "make docs    build the documentation into site/"
+	@echo "make claims  measure the quick claims again and compare with the published verdicts"
+	@echo "make bench   time trimtab against its peers"
+	@echo "make clean   remove what the others made"
 
 demo: $(VENV)/.run
 	$(BIN)/trimtab demo -o out/demo
 
 test: lint
-	$(BIN)/pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -17,25 +29,37 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(VENV)/.dev
-	$(PIP) -e '.[docs]'
+docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.dev
-	$(PIP) -e '.[bench]'
+claims: $(VENV)/.run
+	$(BIN)/trimtab claims check --fast
+
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
-$(VENV)/bin/pip:
+$(BIN)/pip:
+	@test -n "$(PYTHON)" || { echo "trimtab needs Python 3.11 or newer"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit("trimtab needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.run: $(VENV)/bin/pip pyproject.toml constraints.txt
+# each level holds the ones before it, so that a later make of an earlier one installs nothing
+$(VENV)/.run: $(BIN)/pip pyproject.toml constraints.txt
+	@echo "installing trimtab into $(VENV): a few minutes the first time"
 	$(PIP) -e '.[onnx]'
-	touch $@
+	@touch $@
 
-$(VENV)/.dev: $(VENV)/bin/pip pyproject.toml constraints.txt
+$(VENV)/.dev: $(VENV)/.run
 	$(PIP) -e '.[dev]'
-	touch $@ $(VENV)/.run
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) -e '.[bench]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) out site

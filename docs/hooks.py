@@ -1,0 +1,143 @@
+"""What the documentation takes from elsewhere: the catalogue, the published claims, the command line, the drawings."""
+
+import ast
+from pathlib import Path
+
+import typer
+from mkdocs.structure.files import File
+
+from trimtab import catalog, cli
+from trimtab.claims.table import effect, read
+
+ROOT = Path(__file__).parents[1]
+REPOSITORY_PAGES = {"add-a-method.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+ADMONITION = {"holds": "success", "undecided": "warning", "fails": "failure", "not measured": "note"}
+
+
+def on_config(config):
+    """Name the method pages in the navigation."""
+    pages = [{"All methods": "methods/index.md"}] + [{m.title: f"methods/{m.slug}.md"} for m in catalog.methods()]
+    for entry in config.nav:
+        if "Methods" in entry:
+            entry["Methods"] = pages
+    return config
+
+
+def on_files(files, config):
+    """Add the pages that have no file of their own in this folder."""
+    made = {path: (ROOT / name).read_text(encoding="utf-8") for path, name in REPOSITORY_PAGES.items()}
+    made["methods/index.md"] = f"# Methods\n\n{methods('')}"
+    made |= {f"methods/{method.slug}.md": method_page(method) for method in catalog.methods()}
+    for path, content in made.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Fill the places that pages leave open: ``<!-- name -->``."""
+    for name, filler in {"journey": journey, "claims": claims, "commands": commands, "methods": methods}.items():
+        if f"<!-- {name} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {name} -->", filler())
+    return markdown
+
+
+def journey():
+    """The picture of the landing page: one drawing for wide screens, one for narrow ones."""
+    drawings = [(ROOT / "docs/assets" / f"journey-{shape}.svg").read_text(encoding="utf-8") for shape in ("wide", "tall")]
+    return "\n\n".join(drawings)
+
+
+def methods(folder="methods/"):
+    """Every method with its verdict."""
+    rows = ["| method | what it does | claim |", "|---|---|---|"]
+    for method, result in zip(catalog.methods(), read(), strict=True):
+        symbols = ", ".join(f"`{symbol}`" for symbol in method.symbols)
+        rows.append(f"| [{symbols}]({folder}{method.slug}.md) | {method.summary} | {result['verdict']} |")
+    return "\n".join(rows)
+
+
+def claims():
+    """Every claim with what it expected and measured."""
+    return "\n\n".join(f"## [{r['slug']}](methods/{r['slug']}.md)\n\n{verdict(r)}" for r in read())
+
+
+def verdict(result):
+    """One claim: the statement, the verdict, the numbers, and the paper's own beside them."""
+    if not result["expectations"]:
+        return '!!! note "not measured"\n'
+    seeds = len(result["values"])
+    lines = [
+        f'!!! {ADMONITION[result["verdict"]]} "{result["verdict"]}, {seeds} seeds"',
+        f"    {result['statement']}",
+        "",
+        "| expected | measured | verdict |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {code(e['text'])} | {effect(e)} | {e['verdict']} |" for e in result["expectations"]]
+    seconds = sum(result["cpu_seconds"].values())
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines += ["", f"The mean over seeds with its 95 % bootstrap interval; {seconds:.0f} s of CPU; {versions}."]
+    if result["reported"]:
+        lines += ["", "The paper, in its own full-scale setting:", "", *nested(result["reported"])]
+    if result["notes"]:
+        lines += ["", *(f"- {note}" for note in result["notes"])]
+    return "\n".join(lines)
+
+
+def code(text):
+    """Inline code inside a table cell."""
+    return "`" + text.replace("|", "&#124;") + "`"
+
+
+def nested(value, depth=0):
+    """Reported data as nested list items."""
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            yield f"{'    ' * depth}- {name}:"
+            yield from nested(inner, depth + 1)
+        else:
+            yield f"{'    ' * depth}- {name}: {inner}"
+
+
+def method_page(method):
+    """The page of one method: what it is, its claim, what the source tells, its interface."""
+    imports = f"from trimtab.{method.stage} import {', '.join(method.symbols)}"
+    told = "\n\n".join(
+        f"**`{file.name}`** {ast.get_docstring(ast.parse(file.read_text(encoding='utf-8')))}" for file in method.files
+    )
+    result = next(r for r in read() if r["slug"] == method.slug)
+    interface = "\n\n".join(f"::: {name}" for name in method.names)
+    return f"""# {method.title}
+
+{method.summary[0].upper()}{method.summary[1:]}.
+
+[Paper: arXiv {method.arxiv}]({method.paper}) · stage `{method.stage}` · {method.status} since {method.since}
+
+```python
+{imports}
+```
+
+## When to use it, and what we found
+
+{told}
+
+## Claim
+
+{verdict(result)}
+
+## Interface
+
+{interface}
+"""
+
+
+def commands():
+    """The help of every command."""
+
+    def helps(command, path):
+        with typer.Context(command, info_name=path) as context:
+            yield f"## {path}\n\n```text\n{command.get_help(context).strip()}\n```"
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from helps(inner, f"{path} {name}")
+
+    return "\n\n".join(helps(typer.main.get_command(cli.app), "trimtab"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +27,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One calibrator in the ranking; `log_loss` and `standard_error` are cross-validated, the rest is of the test set."""
+    """One calibrator in the ranking: `log_loss` and `standard_error` cross-validated, the rest of the test set."""
 
     name: str
     symbol: str
@@ -90,6 +91,7 @@ class AuditResult:
         versions: what it was run with.
         settings: seed, workers, and what else was chosen.
         notes: what a reader should know: warnings, steps left out and why.
+        change: after minus before of the headline measures whose difference was bootstrapped in pairs, row by row.
     """
 
     title: str
@@ -113,6 +115,7 @@ class AuditResult:
     versions: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    change: dict[str, Triple] = field(default_factory=dict)
 
     def write(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -120,10 +123,25 @@ class AuditResult:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Rebuild from what `write` wrote."""
+        """Rebuild from what `write` wrote; null becomes NaN again."""
         data = dict(data)
-        data["reliability"] = {k: Curve(**v) for k, v in data["reliability"].items()}
-        data["ranking"] = [Ranked(**row) for row in data["ranking"]]
-        data["shifts"] = [ShiftCell(**row) for row in data["shifts"]]
-        data["per_class"] = [ClassRow(**row) for row in data["per_class"]]
+        for name in ("before", "after", "measures", "change"):
+            data[name] = {key: _numbers(value) for key, value in data[name].items()}
+        data["reliability"] = {key: Curve(**value) for key, value in data["reliability"].items()}
+        data["risk_coverage"] = {
+            key: [_numbers(pair) for pair in value] for key, value in data["risk_coverage"].items()
+        }
+        data["steps"] = [tuple(step) for step in data["steps"]]
+        for name, row_class in {"ranking": Ranked, "shifts": ShiftCell, "per_class": ClassRow}.items():
+            data[name] = [
+                row_class(**{key: value if key == "failed" else _numbers(value) for key, value in row.items()})
+                for row in data[name]
+            ]
         return cls(**data)
+
+
+def _numbers(value: Any) -> Any:
+    """A number or a tuple of numbers, as they were before JSON."""
+    if isinstance(value, list):
+        return tuple(_numbers(x) for x in value)
+    return math.nan if value is None else value

@@ -1,0 +1,87 @@
+"""What to see in each picture, in a sentence or two computed from its numbers."""
+
+from __future__ import annotations
+
+import math
+
+from trimtab.audit.report.heat import MEAN, Heat
+from trimtab.audit.report.tables import bins, risk_at
+from trimtab.audit.report.verdict import UNSHIFTED, chosen, uncorrected
+from trimtab.audit.report.words import decimal, mid_sentence, percent, plural
+from trimtab.audit.result import AuditResult
+
+
+def reliability(result: AuditResult, when: str) -> str:
+    """How many bins, and how many predictions, contradict the confidence that they state."""
+    rows = list(zip(*bins(result.reliability[when])))
+    total = sum(n for _, _, n, *_ in rows)
+    high = [n for _, _, n, confidence, _, _, top in rows if top < confidence]
+    low = [n for _, _, n, confidence, _, bottom, _ in rows if bottom > confidence]
+    if not high and not low:
+        return f"All {plural(len(rows), 'bin')} agree with the diagonal within their intervals."
+    text = ""
+    for hits, side, meaning in ((high, "below", "too confident"), (low, "above", "not confident enough")):
+        if hits:
+            held = f"{len(hits)} of {plural(len(rows), 'bin')}, with {percent(sum(hits) / total)} of the predictions,"
+            text += f"{held} {'lies' if len(hits) == 1 else 'lie'} clearly {side} the diagonal: {meaning}. "
+    others = len(rows) - len(high) - len(low)
+    if others:
+        text += f"The other {others} {'agrees' if others == 1 else 'agree'} with it within the interval. "
+    chance = 1 - result.level
+    if (len(high) + len(low)) <= max(1, 2 * chance * len(rows)):
+        text += f"About {percent(chance, 0)} of bins would stand out by chance alone. "
+    return text.strip()
+
+
+def rule(result: AuditResult) -> str:
+    """The one-standard-error rule, with this audit's numbers."""
+    rows = [row for row in result.ranking if row.failed is None]
+    if not rows:
+        return "No calibrator could be fitted; the reasons are in the table."
+    best, pick = rows[0], chosen(result)
+    limit = decimal(best.log_loss + best.standard_error)
+    text = (
+        f"Each calibrator was fitted and scored on separate parts of the fitting rows. {best.name} has the lowest log "
+        f"loss, but whatever lies within one standard error of it, up to {limit}, is as good as the data can tell. "
+    )
+    if pick is None:
+        return text + "None was chosen."
+    if pick.name == best.name:
+        return text + f"Nothing simpler lies there, so {mid_sentence(pick.name)} itself was chosen (diamond)."
+    return text + f"The simplest of those was chosen: {mid_sentence(pick.name)} (diamond)."
+
+
+def shift(result: AuditResult, heat: Heat) -> str:
+    """How often adapting clearly helped and clearly hurt, over the shifted streams."""
+    base, *others = heat.adapters
+    text = f"{base} is the model as it is; below each number stands its difference to it. "
+    cells = [cell.verdict for name, row in heat.rows[1:] for cell in row[1:] if name != MEAN]
+    if not others:
+        return text
+    tried = f"Of {plural(len(cells), 'pairing')} of a shift with an adapter"
+    better, worse = (f"{cells.count(kind) or 'none'}" for kind in ("better", "worse"))
+    counts = f"{better} did clearly better than not adapting and {worse} clearly worse."
+    return f"{text}{tried}, {counts}"
+
+
+def risk(result: AuditResult) -> str:
+    """What turning away the least confident predictions would buy."""
+    whole, most = (risk_at(result.risk_coverage["before"], [level])[0] for level in (1.0, 0.8))
+    if not (math.isfinite(whole) and math.isfinite(most)):
+        return "How the error rate falls when the least confident predictions are turned away."
+    text = (
+        f"Answering everything, {percent(whole)} of the answers are wrong; answering only the most confident "
+        f"{percent(0.8, 0)}, {percent(most)} are. "
+    )
+    if uncorrected(result):
+        return text + "The steeper the curve, the better confidence tells right from wrong."
+    later = risk_at(result.risk_coverage["after"], [0.8])[0]
+    text += f"After the correction it is {percent(later)}"
+    if abs(later - most) < 0.01:
+        text += ": calibration changes how confidence reads, and only a little which predictions it doubts"
+    return text + "."
+
+
+def shifted(result: AuditResult) -> int:
+    """How many shifted streams there are."""
+    return len({cell.shift for cell in result.shifts} - {UNSHIFTED})

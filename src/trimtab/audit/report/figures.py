@@ -1,0 +1,249 @@
+"""The interactive pictures as plotly specifications: plain data whose colours are names of CSS variables.
+
+The page resolves ``var(--name)`` when it draws, and again when the theme changes.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import Any
+
+from trimtab.audit.report.tables import bins, span
+from trimtab.audit.report.verdict import uncorrected
+from trimtab.audit.report.words import count, decimal, percent, plural, seconds
+from trimtab.audit.result import AuditResult, Curve, Ranked
+
+Figure = dict[str, Any]
+
+_SUFFIX = {"ticksuffix": "\u202f%", "rangemode": "tozero"}
+FEW = 10  # predictions; a bin with fewer is drawn faint
+_POINTS = 300  # of a curve; more cannot be told apart on a screen
+
+
+def figures(result: AuditResult) -> dict[str, Figure]:
+    """Every picture that the result has data for, by the id of the element it is drawn into."""
+    moments = ["before"] if uncorrected(result) else ["before", "after"]
+    found = {f"reliability-{when}": reliability(result, when) for when in moments}
+    if any(row.failed is None for row in result.ranking):
+        found["ranking"] = ranking(result)
+    found["risk"] = risk_coverage(result, moments)
+    return found
+
+
+def reliability(result: AuditResult, when: str) -> Figure:
+    """Accuracy against confidence with its band for each bin, above the histogram of confidence."""
+    curve, cells = result.reliability[when], result.histogram[when]
+    colour = "var(--before)" if when == "before" else "var(--accent)"
+    firm = [(c, a) for c, a, n in zip(curve.confidence, curve.accuracy, curve.count) if n >= FEW]
+    gaps = [(x, y) for c, a in firm for x, y in ((c, c), (c, a), (None, None))]
+    start = 0.5 if result.c == 2 else 0.0
+    width = 1 / len(cells)
+    share = [n / max(1, sum(cells)) for n in cells]
+    data = [
+        _line([start, 1], [start, 1], "var(--muted)", dash="dot"),
+        _line([x for x, _ in gaps], [y for _, y in gaps], "var(--gap)", width=7),
+        *_points(curve, result.level, colour, hollow=when == "before"),
+        {
+            "type": "bar",
+            "x": [width * (i + 0.5) for i in range(len(cells))],
+            "y": [100 * s for s in share],
+            "width": width * 0.86,
+            "yaxis": "y2",
+            "marker": {"color": colour, "opacity": 0.75},
+            "hovertext": [
+                f"{count(n)} of {count(sum(cells))} predictions ({percent(s)})<br>"
+                f"were made with {span(width * i, width * (i + 1))} confidence"
+                for i, (n, s) in enumerate(zip(cells, share))
+            ],
+            "hoverinfo": "text",
+        },
+    ]
+    layout = {
+        "xaxis": {**_axis("confidence"), **_percents(), "range": [start - 0.02, 1.02], "anchor": "y2"},
+        "yaxis": {**_axis("share right"), **_percents(), "range": [-0.02, 1.02], "domain": [0.27, 1]},
+        "yaxis2": {**_axis("share of all"), **_SUFFIX, "domain": [0, 0.2], "nticks": 3},
+        "annotations": [
+            _note("not confident enough", x=start + 0.04 * (1 - start), y=0.96, xanchor="left"),
+            _note("too confident", x=0.98, y=0.05, xanchor="right"),
+        ],
+    }
+    return _figure(data, layout)
+
+
+def _points(curve: Curve, level: float, colour: str, *, hollow: bool) -> list[Figure]:
+    """Points with whiskers and hover texts; bins of few predictions in a trace of their own, which is faint."""
+    traces = []
+    for faint in (False, True):
+        rows = [row for row in zip(*bins(curve)) if (row[2] < FEW) == faint]
+        if not rows:
+            continue
+        _, _, _, confidence, accuracy, low, high = (list(column) for column in zip(*rows))
+        whisker = {"type": "data", "symmetric": False, "color": colour, "thickness": 1.5, "width": 4}
+        whisker["array"] = [top - a for a, top in zip(accuracy, high)]
+        whisker["arrayminus"] = [a - bottom for a, bottom in zip(accuracy, low)]
+        fill = "var(--paper)" if hollow else colour
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": confidence,
+                "y": accuracy,
+                "error_y": whisker,
+                "marker": {"size": 9, "color": fill, "line": {"color": colour, "width": 2}},
+                "opacity": 0.35 if faint else 1,
+                "hovertext": [_bin_text(row, level) for row in rows],
+                "hoverinfo": "text",
+            }
+        )
+    return traces
+
+
+def _bin_text(row: tuple[Any, ...], level: float) -> str:
+    lower, upper, n, _, accuracy, low, high = row
+    digits = 1 if high - low < 0.02 else 0
+    return (
+        f"Of {plural(n, 'prediction')} made with {span(lower, upper)} confidence,<br>"
+        f"<b>{percent(accuracy, digits)} were right</b><br>"
+        f"({percent(level, 0)} interval {percent(low, digits)[:-2]}\u2013{percent(high, digits)})"
+    )
+
+
+def ranking(result: AuditResult) -> Figure:
+    """Cross-validated log loss of every calibrator with its standard error, best on top."""
+    rows = [row for row in result.ranking if row.failed is None]
+    best = rows[0]
+    limit = best.log_loss + best.standard_error
+    marks = [_marks([row for row in rows if row.chosen], chosen=True), _marks([r for r in rows if not r.chosen])]
+    spread = max(row.log_loss for row in rows) > 3 * best.log_loss > 0
+    band: Figure = {"type": "rect", "yref": "paper", "y0": 0, "y1": 1, "x0": best.log_loss, "x1": limit}
+    layout = {
+        "xaxis": {**_axis("log loss, lower is better"), "type": "log" if spread else "linear"},
+        "yaxis": {
+            "categoryorder": "array",
+            "categoryarray": [_label(row) for row in reversed(rows)],
+            "automargin": True,
+            "ticks": "",
+            "showgrid": True,
+            "gridcolor": "var(--line)",
+            "fixedrange": True,
+        },
+        "shapes": [{**band, "fillcolor": "var(--band)", "line": {"width": 0}, "layer": "below"}],
+        "margin": {"l": 10, "r": 22, "t": 8, "b": 48},
+    }
+    return _figure([mark for mark in marks if mark["x"]], layout)
+
+
+def _marks(rows: list[Ranked], *, chosen: bool = False) -> Figure:
+    colour = "var(--accent)" if chosen else "var(--before)"
+    texts = []
+    for row in rows:
+        text = f"<b>{html.escape(row.name)}</b>{', chosen' if chosen else ''}<br>log loss {decimal(row.log_loss)} "
+        texts.append(f"{text}\u00b1 {decimal(row.standard_error)} (standard error)<br>fitted in {seconds(row.seconds)}")
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [row.log_loss for row in rows],
+        "y": [_label(row) for row in rows],
+        "error_x": {
+            "type": "data",
+            "array": [row.standard_error if math.isfinite(row.standard_error) else 0.0 for row in rows],
+            "color": colour,
+            "thickness": 1.5,
+            "width": 4,
+        },
+        "marker": {
+            "size": 13 if chosen else 9,
+            "symbol": "diamond" if chosen else "circle",
+            "color": colour if chosen else "var(--paper)",
+            "line": {"color": colour, "width": 2},
+        },
+        "hovertext": texts,
+        "hoverinfo": "text",
+    }
+
+
+def _label(row: Ranked) -> str:
+    """A name on the axis, broken into lines of about sixteen characters so that a phone has room for the plot."""
+    lines = [""]
+    for word in row.name.split():
+        if lines[-1] and len(lines[-1]) + len(word) > 16:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "<br>".join(html.escape(line if len(line) <= 24 else line[:23] + "\u2026") for line in lines[:3]) + " "
+
+
+def risk_coverage(result: AuditResult, moments: list[str]) -> Figure:
+    """Error rate among the most confident predictions, against how many are answered."""
+    data = []
+    style = {"before": ("var(--before)", "dash"), "after": ("var(--accent)", "solid")}
+    for when in moments:
+        curve = [pair for pair in result.risk_coverage[when] if math.isfinite(pair[1])]
+        step = max(1, len(curve) // _POINTS)
+        curve = curve[::step] + (curve[-1:] if (len(curve) - 1) % step else [])
+        whole = percent(curve[-1][1]) if curve else ""
+        colour, dash = style[when]
+        texts = [
+            f"<b>{when}</b>: answering only the {percent(coverage)} most confident,<br>"
+            f"{percent(risk)} of the answers are wrong (of all: {whole})"
+            for coverage, risk in curve
+        ]
+        line = _line([c for c, _ in curve], [100 * r for _, r in curve], colour, dash=dash, width=2.5)
+        data.append({**line, "name": when, "hovertext": texts, "hoverinfo": "text"})
+    layout = {
+        "xaxis": {**_axis("share answered, the most confident first"), **_percents(), "range": [0, 1.02]},
+        "yaxis": {**_axis("wrong among them"), **_SUFFIX},
+        "showlegend": len(moments) > 1,
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemclick": False},
+        "margin": {"l": 58, "r": 22, "t": 34 if len(moments) > 1 else 8, "b": 48},
+    }
+    return _figure(data, layout)
+
+
+def _figure(data: list[Figure], layout: Figure) -> Figure:
+    common = {
+        "showlegend": False,
+        "hovermode": "closest",
+        "hoverdistance": 40,
+        "dragmode": False,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 58, "r": 22, "t": 8, "b": 48},
+        "hoverlabel": {
+            "bgcolor": "var(--ink)",
+            "bordercolor": "var(--ink)",
+            "align": "left",
+            "font": {"color": "var(--paper)"},
+        },
+    }
+    return {"data": data, "layout": {**common, **layout}}
+
+
+def _line(x: list[Any], y: list[Any], colour: str, *, dash: str = "solid", width: float = 1.5) -> Figure:
+    style = {"color": colour, "dash": dash, "width": width}
+    return {"type": "scatter", "mode": "lines", "x": x, "y": y, "line": style, "hoverinfo": "skip"}
+
+
+def _axis(title: str) -> Figure:
+    return {
+        "title": {"text": title, "standoff": 8, "font": {"size": 13, "color": "var(--muted)"}},
+        "gridcolor": "var(--line)",
+        "linecolor": "var(--line)",
+        "zeroline": False,
+        "fixedrange": True,
+    }
+
+
+def _percents() -> Figure:
+    ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    return {"tickvals": ticks, "ticktext": [percent(tick, 0) for tick in ticks]}
+
+
+def _note(text: str, **place: Any) -> Figure:
+    return {
+        "text": text,
+        "showarrow": False,
+        "bgcolor": "var(--paper)",
+        "font": {"color": "var(--muted)", "size": 12},
+        **place,
+    }

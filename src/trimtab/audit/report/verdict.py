@@ -1,0 +1,176 @@
+"""The verdict in words: a headline and two sentences, computed from the numbers and hedged by their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from trimtab.audit.report.words import compare, decimal, mid_sentence, percent, plural, points, spaced
+from trimtab.audit.result import AuditResult, Ranked, ShiftCell, Triple
+
+UNSHIFTED = "none"
+_NEGLIGIBLE = 0.01  # a calibration error that is surely below one point is nothing to act on
+_MOST = 2 / 3  # a correction that removes this share of the error removes "most of it"
+
+
+class Verdict(NamedTuple):
+    """What the first screen says: two short sentences as the headline, two longer ones below."""
+
+    headline: tuple[str, str]
+    sentences: tuple[str, str]
+
+
+def verdict(result: AuditResult) -> Verdict:
+    """Judge the model, the chosen correction, and what shift does to both.
+
+    The confidence gap is the mean confidence less the accuracy, with an interval that treats the two as independent;
+    they are positively correlated, so the true interval is narrower.
+    """
+    state_head, state = _state(result)
+    cure_head, cure = _cure(result)
+    if any(cell.shift != UNSHIFTED for cell in result.shifts):
+        first = f"{state}; {cure}."
+        second = shift_sentence(result.shifts)
+    else:
+        first, second = f"{state}.", f"{cure}."
+    return Verdict((f"{state_head}.", f"{_upper(cure_head)}."), (_upper(first), _upper(second)))
+
+
+def confidence_gap(headline: dict[str, Triple]) -> Triple:
+    """Mean confidence less accuracy, from the headline measures before or after."""
+    confidence, accuracy = headline["mean_confidence"], headline["accuracy"]
+    gap = confidence[0] - accuracy[0]
+    if not all(math.isfinite(x) for x in (*confidence, *accuracy)):
+        return gap, math.nan, math.nan
+    below = math.hypot(confidence[0] - confidence[1], accuracy[2] - accuracy[0])
+    above = math.hypot(confidence[2] - confidence[0], accuracy[0] - accuracy[1])
+    return gap, gap - below, gap + above
+
+
+def chosen(result: AuditResult) -> Ranked | None:
+    """The calibrator that the one-standard-error rule picked; None where the ranking holds none."""
+    return next((row for row in result.ranking if row.chosen), None)
+
+
+def uncorrected(result: AuditResult) -> bool:
+    """Whether the model was best left as it is, so that before and after are the same."""
+    return result.before["log_loss"][0] == result.after["log_loss"][0]
+
+
+def _state(result: AuditResult) -> tuple[str, str]:
+    """How the model's confidence compares with the truth: words for the headline, and a clause."""
+    confidence, accuracy, ece = (result.before[key] for key in ("mean_confidence", "accuracy", "ece"))
+    if not (math.isfinite(confidence[0]) and math.isfinite(accuracy[0]) and math.isfinite(ece[0])):
+        return "The model's calibration could not be judged", "its confidence or its accuracy could not be measured"
+    gap, low, high = confidence_gap(result.before)
+    claim, truth = f"the model claims {percent(confidence[0])} confidence on average", f"{percent(accuracy[0])} of its "
+    truth += "predictions are right"
+    if math.isfinite(ece[2]) and ece[2] < _NEGLIGIBLE:
+        return "Well calibrated, to within one point", f"{claim} and {truth}"
+    if not math.isfinite(low):
+        return f"Confidence and accuracy lie {points(gap)} points apart", f"{claim} and {truth}"
+    if low <= 0 <= high:
+        if uncorrected(result):
+            return "No miscalibration found", f"{claim} and {truth}, no further apart than chance explains"
+        off = f"the calibration error is {percent(ece[0])}"
+        return "Right on average, uneven in detail", f"{claim} and {truth}, but not at every level of confidence: {off}"
+    ends = " to ".join(decimal(100 * end, 1) for end in sorted((abs(low), abs(high))))
+    band = f"{ends} points at {percent(result.level, 0)} certainty"
+    if gap > 0:
+        return f"Overconfident by {points(gap)} points", f"{claim}, but only {truth}, an excess of {band}"
+    return f"Underconfident by {points(gap)} points", f"{claim}, while {truth}, a shortfall of {band}"
+
+
+def _cure(result: AuditResult) -> tuple[str, str]:
+    """What the chosen calibrator achieves on the test rows: words for the headline, and a clause."""
+    best = chosen(result)
+    if best is None:
+        return "no correction could be fitted", "no correction could be fitted"
+    if uncorrected(result):
+        tried = sum(row.failed is None for row in result.ranking) - 1
+        clause = f"none of the {plural(tried, 'correction')} tried is clearly better than leaving it as it is"
+        return "no correction is needed" if tried else "no correction could be fitted", clause
+    name, inside = best.name, mid_sentence(best.name)
+    before, after = result.before, result.after
+    loss = compare(before["log_loss"], after["log_loss"], -1, result.change.get("log_loss"))
+    error = compare(before["ece"], after["ece"], -1, result.change.get("ece"))
+    gap = f"the calibration error from {percent(before['ece'][0])} to {percent(after['ece'][0])}"
+    score = f"the log loss from {decimal(before['log_loss'][0])} to {decimal(after['log_loss'][0])}"
+    if "worse" in (loss, error):
+        return (
+            f"{name} does not correct it",
+            f"{inside} takes {gap} and {score}, clearly worse in part: do not deploy it",
+        )
+    if error == "better":
+        most = after["ece"][0] <= (1 - _MOST) * before["ece"][0]
+        clause = f"{inside} cuts {gap}, more than chance explains, {_accuracy_clause(result)}"
+        return f"{name} corrects {'most' if most else 'part'} of it", clause
+    if loss == "better":
+        clause = f"{inside} lowers {score}, more than chance explains, {_accuracy_clause(result)}"
+        return f"{name} helps", f"{clause}; its effect on the calibration error is within uncertainty"
+    return f"whether {inside} helps is uncertain", f"{inside} takes {gap} and {score}, a change within uncertainty"
+
+
+def _accuracy_clause(result: AuditResult) -> str:
+    before, after = result.before["accuracy"], result.after["accuracy"]
+    change = compare(before, after, 1, result.change.get("accuracy"))
+    if change in ("better", "worse"):
+        return f"while accuracy goes from {percent(before[0])} to {percent(after[0])}"
+    return "without changing accuracy" if change == "same" else "without a clear change of accuracy"
+
+
+def shift_sentence(cells: list[ShiftCell]) -> str:
+    """What the shifts cost the unadapted model, and what the best adapter wins back, on average over the shifts."""
+    base = unadapted(cells)
+    sound = {(c.shift, c.adapter): c for c in cells if c.failed is None and math.isfinite(c.accuracy[0])}
+    shifts = [shift for shift in distinct(cell.shift for cell in cells) if shift != UNSHIFTED]
+    if not all((shift, base) in sound for shift in (*shifts, UNSHIFTED)):
+        return "what shift does could not be measured, because the unadapted model failed on a stream."
+    home = sound[UNSHIFTED, base].accuracy
+    plain = mean_of([sound[shift, base].accuracy for shift in shifts])
+    worst = min(shifts, key=lambda shift: sound[shift, base].accuracy[0])
+    name = f"the {plural(len(shifts), 'shift')} tried," if len(shifts) > 1 else f"the shift tried, {spaced(shifts[0])},"
+    average = " on average" if len(shifts) > 1 else ""
+    lost = home[0] - plain[0]
+    if compare(home, plain, 1) != "worse" or lost < _NEGLIGIBLE:
+        moved = f"from {percent(home[0])} to {percent(plain[0])}"
+        return f"under {name} accuracy goes {moved}{average}, no clear loss of the unadapted model."
+    deepest = f" and to {percent(sound[worst, base].accuracy[0])} under {spaced(worst)}" if len(shifts) > 1 else ""
+    fall = f"under {name} accuracy falls from {percent(home[0])} to {percent(plain[0])}{average}{deepest}"
+    complete = [
+        adapter
+        for adapter in distinct(cell.adapter for cell in cells)
+        if adapter != base and all((shift, adapter) in sound for shift in shifts)
+    ]
+    if not complete:
+        return f"{fall}; no adapter ran on all of them."
+    means = {adapter: mean_of([sound[shift, adapter].accuracy for shift in shifts]) for adapter in complete}
+    best = max(complete, key=lambda adapter: means[adapter][0])
+    clear = sum(compare(sound[s, base].accuracy, sound[s, best].accuracy, 1) == "better" for s in shifts)
+    won = means[best][0] - plain[0]
+    if clear == 0 or won <= 0:
+        return f"{fall}; none of the {plural(len(complete), 'adapter')} tried clearly wins any of it back."
+    where = "" if len(shifts) == 1 else " on every shift" if clear == len(shifts) else f" on {clear} of {len(shifts)}"
+    back = f"adapting with {best} wins back {points(won)} of the {points(lost)} points lost"
+    return f"{fall}; {back}, clearly better{where}."
+
+
+def unadapted(cells: list[ShiftCell]) -> str:
+    """The adapter that the others are held against: the first in the list, which is the model as it is."""
+    return cells[0].adapter
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Names in the order in which they first appear."""
+    return list(dict.fromkeys(names))
+
+
+def mean_of(triples: Sequence[Triple]) -> Triple:
+    """Mean of estimates; its ends are the means of the ends, as if the errors of all went together."""
+    middle, low, high = (math.fsum(column) / len(triples) for column in zip(*triples))
+    return middle, low, high
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -40,6 +40,7 @@ def test_sorted_by_label_shuffles_each_class():
     assert not torch.equal(order, torch.arange(100))
 
 
+@settings(max_examples=30)
 @given(st.sampled_from([0.0, 1e-4, 0.01, 0.1, 1.0, 100.0]), st.integers(0, 99))
 def test_dirichlet_is_a_seeded_permutation(delta, seed):
     labels = torch.randint(0, 10, (1500,), generator=seeded(seed)) * 7

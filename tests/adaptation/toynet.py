@@ -35,10 +35,16 @@ class ToyNet(nn.Module):
         return self.fc(self.layer4(x).mean((2, 3)))
 
 
+def built(make):
+    """The network that `make` gives, in eval mode, without a trace in the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
 def seeded_net(seed=0, **settings):
     """A ToyNet whose weights and running statistics come from a seed, without the global random state."""
-    with torch.random.fork_rng(devices=[]):
-        net = ToyNet(**settings)
+    net = built(lambda: ToyNet(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in net.state_dict().items():
@@ -98,14 +104,15 @@ class Golden:
             *(weights[f"{layer}.weight"].shape[0] for layer in ("conv1", "layer1.0", "layer4.0")),
         )
         settings = self.cfg if "cfg" in self.arrays else {}
-        with torch.random.fork_rng(devices=[]):
-            net = ToyNet(
+        net = built(
+            lambda: ToyNet(
                 channels,
                 weights["fc.weight"].shape[0],
                 norm="batch" if "bn1.running_mean" in weights else "group",
                 groups=int(settings.get("groups", 2)),
                 eps=float(self.arrays.get("bn_eps", 1e-5)),
-            ).to(self.dtype)
+            )
+        ).to(self.dtype)
         net.load_state_dict(weights)
         return net.eval()
 

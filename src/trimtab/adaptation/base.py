@@ -113,14 +113,15 @@ class Adapter(nn.Module):
         """Fix what moves and remember where it starts; the last line of every adapter's constructor."""
         self.model.requires_grad_(False)
         if choice is not None:
-            self.moving = dict(choice(self.model))
-            if not self.moving:
-                raise InputError("parameters_of must choose at least one parameter, it chose none")
-            known = dict(self.model.named_parameters())
-            for name, parameter in self.moving.items():
+            known = dict(self.model.named_parameters(remove_duplicate=False))
+            for name, parameter in choice(self.model).items():
                 if known.get(name) is not parameter:
                     raise InputError(f"parameters_of must choose parameters of the model, {name!r} is none")
-                parameter.requires_grad_(True).grad = None
+                if not parameter.requires_grad:  # a shared parameter moves once
+                    self.moving[name] = parameter.requires_grad_(True)
+                    parameter.grad = None
+            if not self.moving:
+                raise InputError("parameters_of must choose at least one parameter, it chose none")
             self.optimizer = (optimizer or ADAM)(list(self.moving.values()))
         self.source = state.Tensors({**self.moving, **dict(self.model.named_buffers())})
         self._rows_interact = any(
@@ -221,7 +222,7 @@ class Adapter(nn.Module):
 
     def _restore(self, network: nn.Module) -> None:
         """Copy the source's values into `network`, which has the model's names."""
-        live = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        live = {**dict(network.named_parameters(remove_duplicate=False)), **dict(network.named_buffers())}
         with torch.no_grad():
             for name, value in self.source.named().items():
                 live[name].copy_(value)

@@ -78,13 +78,9 @@ def pixelate(x: Float[Tensor, "n c h w"], severity: int, generator: torch.Genera
 
 
 def _box(size: int, new: int) -> Float[Tensor, "new size"]:
-    """Pillow's BOX resize along one axis as a matrix: the mean of the pixels whose centre falls under the output's."""
-    stretch = size / new
-    reach = max(stretch, 1.0) / 2
-    centre = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * stretch
-    distance = torch.arange(size, dtype=torch.float64) + 0.5 - centre
-    under = ((distance > -reach) & (distance <= reach)).double()
-    return under / under.sum(1, keepdim=True)
+    """Pillow's BOX resize along one axis as a matrix: how it answers the unit impulses."""
+    impulses = Image.fromarray(np.eye(size, dtype=np.float32))
+    return torch.from_numpy(np.array(impulses.resize((new, size), Image.Resampling.BOX))).T
 
 
 def jpeg_compression(

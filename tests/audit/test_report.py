@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from trimtab.audit.report import render, tables, write
 from trimtab.audit.report.heat import MEAN, heat_maps
 from trimtab.audit.report.verdict import confidence_gap, verdict
-from trimtab.audit.report.words import compare, decimal, interval, percent, plural, seconds
+from trimtab.audit.report.words import compare, coverage, decimal, interval, percent, plural, seconds
 from trimtab.audit.result import AuditResult
 
 FIFTEEN = tuple(f"shift_{i}" for i in range(15))
@@ -226,6 +226,15 @@ def test_without_any_correction_the_verdict_says_so(results):
     assert "out of memory" in Page(render(bare)).visible
 
 
+def test_without_intervals_nothing_is_called_clear(results):
+    result = results("table")
+    bare = {when: {k: (t[0], np.nan, np.nan) for k, t in getattr(result, when).items()} for when in ("before", "after")}
+    found = verdict(replace(result, **bare, change={}))
+    assert "points apart" in found.headline[0]
+    assert "without intervals to judge the change by" in found.sentences[1]
+    assert "clearly" not in " ".join(found.sentences)
+
+
 triples = st.tuples(*[st.floats(0, 1)] * 3).map(sorted).map(lambda t: (t[1], t[0], t[2]))
 
 
@@ -261,6 +270,8 @@ def test_a_paired_interval_decides_where_there_is_one():
         (interval((0.5, 0.4, 0.6), True), "40.0\u201360.0\u202f%"),
         (interval((0.0, -0.1, 0.1), False), "\u22120.100 to 0.100"),
         (interval((0.5, float("nan"), float("nan")), True), ""),
+        (coverage(0.95), "95\u202f%"),
+        (coverage(0.999), "99.9\u202f%"),
         (plural(1, "class"), "1 class"),
         (plural(1000, "class"), "1,000 classes"),
         (seconds(0.44), "0.4\u202fs"),

@@ -7,7 +7,7 @@ import math
 from trimtab.audit.report.heat import MEAN, Heat
 from trimtab.audit.report.tables import bins, risk_at
 from trimtab.audit.report.verdict import UNSHIFTED, chosen, uncorrected
-from trimtab.audit.report.words import decimal, mid_sentence, percent, plural
+from trimtab.audit.report.words import coverage, decimal, mid_sentence, percent, plural
 from trimtab.audit.result import AuditResult
 
 
@@ -29,7 +29,7 @@ def reliability(result: AuditResult, when: str) -> str:
         text += f"The other {others} {'agrees' if others == 1 else 'agree'} with it within the interval. "
     chance = 1 - result.level
     if (len(high) + len(low)) <= max(1, 2 * chance * len(rows)):
-        text += f"About {percent(chance, 0)} of bins would stand out by chance alone. "
+        text += f"About {coverage(chance)} of bins would stand out by chance alone. "
     return text.strip()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from trimtab.audit.report.tables import bins, span
 from trimtab.audit.report.verdict import uncorrected
-from trimtab.audit.report.words import count, decimal, percent, plural, seconds
+from trimtab.audit.report.words import count, coverage, decimal, percent, plural, seconds
 from trimtab.audit.result import AuditResult, Curve, Ranked
 
 Figure = dict[str, Any]
@@ -105,7 +105,7 @@ def _bin_text(row: tuple[Any, ...], level: float) -> str:
     return (
         f"Of {plural(n, 'prediction')} made with {span(lower, upper)} confidence,<br>"
         f"<b>{percent(accuracy, digits)} were right</b><br>"
-        f"({percent(level, 0)} interval {percent(low, digits)[:-2]}\u2013{percent(high, digits)})"
+        f"({coverage(level)} interval {percent(low, digits)[:-2]}\u2013{percent(high, digits)})"
     )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from trimtab.audit.report.tables import shift_name
 from trimtab.audit.report.verdict import UNSHIFTED, distinct, mean_of, unadapted
-from trimtab.audit.report.words import Change, compare, decimal, interval, number, percent, points
+from trimtab.audit.report.words import Change, compare, coverage, decimal, interval, number, points
 from trimtab.audit.result import AuditResult, Triple
 
 MEAN = "mean of the shifts"
@@ -83,7 +83,7 @@ def _row(
             continue
         name = scale.label if scale.label.isupper() else scale.label.lower()
         span = interval(triple, scale.share)
-        span = f" ({percent(scale.level, 0)} interval {span})" if span else ""
+        span = f" ({coverage(scale.level)} interval {span})" if span else ""
         tip = f"{adapter}, {shift}: {name} {number(triple[0], scale.share)}{span}"
         text = decimal(100 * triple[0], 1) if scale.share else decimal(triple[0])
         best, shade = scale.better * triple[0] == top, scale.shade(triple[0])

@@ -22,10 +22,10 @@ from trimtab.audit.report.words import (
     Measure,
     compare,
     count,
+    coverage,
     difference,
     interval,
     number,
-    percent,
     plural,
 )
 from trimtab.audit.result import AuditResult
@@ -124,7 +124,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"count": count, "percent": percent, "plural": plural}
+    environment.filters |= {"count": count, "coverage": coverage, "plural": plural}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "ensure_ascii": False}
     return environment
 

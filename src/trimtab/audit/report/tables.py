@@ -195,57 +195,63 @@ def per_class(result: AuditResult) -> Table:
     return Table("per-class", "Classes, the worst calibrated first", columns, rows, search="class")
 
 
-_FAMILIES = {
-    "ECE": Measure("ECE", "Expected calibration error", "equal-width bins", True, -1),
-    "ECE_em": Measure("ECE_em", "Expected calibration error", "equal-mass bins", True, -1),
-    "cwCE": Measure("cwCE", "Class-wise calibration error", "equal-width bins", True, -1),
-    "cwCE_em": Measure("cwCE_em", "Class-wise calibration error", "equal-mass bins", True, -1),
-    "MCE": Measure("MCE", "Maximum calibration error", "equal-width bins", True, -1),
-    "KSCE": Measure("KSCE", "Kolmogorov–Smirnov calibration error", "no bins", True, -1),
-    "KDECE": Measure("KDECE", "Kernel-density calibration error", "no bins", True, -1),
-    "MMCE": Measure("MMCE", "Maximum mean calibration error", "no bins", False, -1),
-    "NLL": Measure("NLL", "Log loss", "mean negative log likelihood", False, -1),
-    "Brier": Measure("Brier", "Brier score", "0 to 2", False, -1),
-}
+_LISTED = (
+    Measure("NLL", "Log loss", "mean negative log likelihood", False, -1),
+    Measure("Brier", "Brier score", "0 to 2", False, -1),
+    Measure("KSCE", "Kolmogorov–Smirnov calibration error", "no bins", True, -1),
+    Measure("KDECE", "Kernel-density calibration error", "no bins", True, -1),
+    Measure("MMCE", "Maximum mean calibration error", "no bins", False, -1),
+    Measure("ECE", "Expected calibration error", "equal-width bins", True, -1),
+    Measure("ECE_em", "Expected calibration error", "equal-mass bins", True, -1),
+    Measure("cwCE", "Class-wise calibration error", "equal-width bins", True, -1),
+    Measure("cwCE_em", "Class-wise calibration error", "equal-mass bins", True, -1),
+    Measure("MCE", "Maximum calibration error", "equal-width bins", True, -1),
+)
+_FAMILIES = {measure.key: measure for measure in _LISTED}
 
 
 def measures(result: AuditResult) -> Table:
     """All measures, before and after temperature scaling side by side; those without a twin stand alone."""
     rows = []
-    for name in dict.fromkeys(key.removeprefix("pre_").removeprefix("post_") for key in result.measures):
-        family, _, bins = name.rpartition("_")
-        measure = _FAMILIES.get(family) or _FAMILIES.get(name) or _unlisted(name)
-        bins = bins if family in _FAMILIES else ""
+    for name in sorted({key.removeprefix("pre_").removeprefix("post_") for key in result.measures}, key=_place):
+        measure, bins = _measure(name)
         before = result.measures.get(f"pre_{name}", result.measures.get(name))
         after = result.measures.get(f"post_{name}")
         digits = digits_for([t[0] for t in (before, after) if t is not None]) if measure.share else None
+        change = Cell("\u2013")
+        if before and after:
+            change = _change(before, after, measure.share, compare(before, after, measure.better), digits)
         rows.append(
             (
                 Cell(measure.label, f"{name}, {measure.meaning}" if measure.meaning else name, name),
                 Cell(bins or "\u2013", sort=bins),
-                _triple(before, measure.share, digits) if before else Cell(MISSING),
+                _triple(before, measure.share, digits) if before else Cell("\u2013"),
                 _triple(after, measure.share, digits) if after else Cell("\u2013"),
-                _change(before, after, measure.share, compare(before, after, measure.better), digits)
-                if before and after
-                else Cell("\u2013"),
+                change,
             )
         )
-    columns = (
-        ("Measure", False),
-        ("Bins", True),
-        ("Before", True),
-        ("After temperature scaling", True),
-        ("Change", True),
-    )
+    labels = ("Bins", "Before", "After temperature scaling", "Change")
+    columns = (("Measure", False), *((label, True) for label in labels))
     caption = "All measures, before and after temperature scaling, with intervals"
     return Table("measures", caption, columns, rows, search="measure", limit=0)
 
 
-def _unlisted(name: str) -> Measure:
+def _measure(name: str) -> tuple[Measure, str]:
+    """What a column name such as ``ECE_em_15`` measures, and its number of bins."""
+    family, _, bins = name.rpartition("_")
+    if family in _FAMILIES:
+        return _FAMILIES[family], bins
     if name.startswith("auc_"):
         label = f"AUROC against {spaced(name.removeprefix('auc_'))}"
-        return Measure(name, label, "confidence as a detector of other data; 0.5 is chance", False, 1)
-    return Measure(name, name, "", False, -1)
+        return Measure(name, label, "confidence as a detector of other data; 0.5 is chance", False, 1), ""
+    return _FAMILIES.get(name, Measure(name, name, "", False, -1)), ""
+
+
+def _place(name: str) -> tuple[int, int, str]:
+    """Measures without bins first, then family by family by number of bins."""
+    measure, bins = _measure(name)
+    family = list(_FAMILIES).index(measure.key) if measure.key in _FAMILIES else len(_FAMILIES)
+    return (family, int(bins), name) if bins else (-1, family, name)
 
 
 def steps(result: AuditResult) -> Table:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from trimtab.audit.report.words import compare, decimal, mid_sentence, percent, plural, points, spaced
+from trimtab.audit.report.words import compare, coverage, decimal, mid_sentence, percent, plural, points, spaced
 from trimtab.audit.result import AuditResult, Ranked, ShiftCell, Triple
 
 UNSHIFTED = "none"
@@ -76,7 +76,7 @@ def _state(result: AuditResult) -> tuple[str, str]:
         off = f"the calibration error is {percent(ece[0])}"
         return "Right on average, uneven in detail", f"{claim} and {truth}, but not at every level of confidence: {off}"
     ends = " to ".join(decimal(100 * end, 1) for end in sorted((abs(low), abs(high))))
-    band = f"{ends} points at {percent(result.level, 0)} certainty"
+    band = f"{ends} points at {coverage(result.level)} certainty"
     if gap > 0:
         return f"Overconfident by {points(gap)} points", f"{claim}, but only {truth}, an excess of {band}"
     return f"Underconfident by {points(gap)} points", f"{claim}, while {truth}, a shortfall of {band}"
@@ -109,7 +109,8 @@ def _cure(result: AuditResult) -> tuple[str, str]:
     if loss == "better":
         clause = f"{inside} lowers {score}, more than chance explains, {_accuracy_clause(result)}"
         return f"{name} helps", f"{clause}; its effect on the calibration error is within uncertainty"
-    return f"whether {inside} helps is uncertain", f"{inside} takes {gap} and {score}, a change within uncertainty"
+    doubt = "without intervals to judge the change by" if loss == error == "unknown" else "a change within uncertainty"
+    return f"whether {inside} helps is uncertain", f"{inside} takes {gap} and {score}, {doubt}"
 
 
 def _accuracy_clause(result: AuditResult) -> str:

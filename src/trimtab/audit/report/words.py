@@ -54,6 +54,11 @@ def percent(x: float, digits: int = 1, *, signed: bool = False) -> str:
     return MISSING if not math.isfinite(x) else decimal(100 * x, digits, signed=signed) + f"{_NARROW}%"
 
 
+def coverage(level: float) -> str:
+    """The level of an interval, with as many digits as it has: ``95 %``, ``99.9 %``."""
+    return f"{100 * level:.6g}{_NARROW}%"
+
+
 def points(x: float, digits: int = 1) -> str:
     """The size of a difference of shares in percentage points: ``8.1``."""
     return decimal(100 * abs(x), digits)

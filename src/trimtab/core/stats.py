@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt8
+from scipy.special import betaincinv
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
@@ -19,13 +20,18 @@ class Interval(NamedTuple):
     high: float
 
 
-def resample_counts(n: int, resamples: int, seed: int) -> Int[np.ndarray, "resamples n"]:
-    """How often each of n samples is drawn in each bootstrap resample: multinomial counts, every row sums to n."""
+def resample_counts(n: int, resamples: int, seed: int) -> UInt8[np.ndarray, "resamples n"]:
+    """How often each of n samples is drawn in each bootstrap resample: multinomial counts, every row sums to n.
+
+    A byte holds a count: one above 255 has a chance below 1e-500.
+    """
     checks.integer(n, "n", low=1)
     checks.integer(resamples, "resamples", low=1)
     random = np.random.default_rng(seed)
-    draws = random.integers(0, n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
-    return np.bincount(draws.ravel(), minlength=resamples * n).reshape(resamples, n)
+    counts = np.empty((resamples, n), dtype=np.uint8)
+    for row in counts:
+        row[:] = np.bincount(random.integers(0, n, size=n), minlength=n)
+    return counts
 
 
 def percentile_interval(estimate: float, replicates: Float[np.ndarray, resamples], level: float = 0.95) -> Interval:
@@ -36,6 +42,25 @@ def percentile_interval(estimate: float, replicates: Float[np.ndarray, resamples
         return Interval(estimate, float("nan"), float("nan"))
     low, high = np.quantile(known, ((1 - level) / 2, (1 + level) / 2))
     return Interval(estimate, float(low), float(high))
+
+
+def binomial_interval(
+    successes: Float[np.ndarray, k], trials: Float[np.ndarray, k], level: float = 0.95
+) -> tuple[Float[np.ndarray, k], Float[np.ndarray, k]]:
+    """Clopper and Pearson's exact interval for each of k proportions, as (lows, highs).
+
+    Example:
+        >>> import numpy as np
+        >>> low, high = binomial_interval(np.array([0.0]), np.array([10.0]))
+        >>> float(low[0]), round(float(high[0]), 4)
+        (0.0, 0.3085)
+    """
+    checks.number(level, "level", low=0, high=1, low_open=True, high_open=True)
+    tail = (1 - level) / 2
+    with np.errstate(invalid="ignore"):
+        low = np.where(successes == 0, 0.0, betaincinv(successes, trials - successes + 1, tail))
+        high = np.where(successes == trials, 1.0, betaincinv(successes + 1, trials - successes, 1 - tail))
+    return low, high
 
 
 def bootstrap_mean(values: Float[np.ndarray, n], *, resamples: int = 2000, level: float = 0.95, seed: int) -> Interval:

@@ -1,0 +1,105 @@
+"""The two kernel measures on sorted confidences: MMCE by a recurrence along the order, KDECE by Fourier transform."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+
+from trimtab.metrics.binning import Ranked, prefix
+
+_BLOCK_ELEMENTS = 1 << 18
+_CELLS = 1 << 13
+_RESAMPLES = 32
+
+
+def laplace_error(ranked: Ranked, width: float) -> Float[Tensor, " r"]:
+    """sqrt of the mean over pairs of gap_i gap_j exp(-|p_i - p_j| / width), in one pass over the sorted order.
+
+    For p_j <= p_i the kernel is the product exp(-p_i / width) exp(p_j / width), so the inner sum over j is a prefix
+    sum. As p is in 0..1, the factors stay within exp(1 / width).
+    """
+    values, hits, weights = ranked
+    r = 1 if weights is None else len(weights)
+    total = torch.zeros(r, dtype=torch.float64, device=values.device)
+    carried = torch.zeros(r, 1, dtype=torch.float64, device=values.device)
+    size = max(1, _BLOCK_ELEMENTS // r)
+    for start in range(0, ranked.n, size):
+        part = slice(start, start + size)
+        p = values[:, part].double()
+        gap = hits[:, part].double() - p
+        if weights is not None:
+            gap = weights[:, part] * gap
+        grown = (p / width).exp_()
+        below = torch.cumsum(gap * grown, 1).add_(carried)
+        carried = below[:, -1:].clone()
+        pairs = torch.linalg.vecdot(gap, below.div_(grown))
+        total += 2 * pairs - torch.linalg.vecdot(gap, gap)
+    return total.clamp_(min=0).sqrt_() / ranked.n
+
+
+def density_error(ranked: Ranked) -> Float[Tensor, " r"]:
+    """Integral of |x - accuracy(x)| under the confidences' density; NaN where there is no hit.
+
+    The densities of all confidences and of the hits are sums over a grid, made by linear binning, that is folded with
+    the triweight kernel by Fourier transform. The grid has 2^13 cells in 0..1; the outer halves, reflected at 0 and 1,
+    make it 2^14 in -0.5..1.5.
+    """
+    values, hits, weights = ranked
+    p = values.double().clamp_(max=1)
+    at = p[0] * _CELLS
+    above = at - at.floor()
+    starts = torch.arange(_CELLS + 2, dtype=torch.float64, device=p.device) / _CELLS
+    starts[-1] = 2
+    places = torch.searchsorted(p[0], starts)
+    everything = torch.ones_like(p) if weights is None else weights.double()
+    grids = [_linear_binning(w, above, places) for w in (everything, everything * hits)]
+    width = _kernel_width(p, everything * hits)
+    parts = zip(*(torch.split(x, _RESAMPLES) for x in (*grids, width)))
+    return torch.cat([_integrate(*part) for part in parts])
+
+
+def _linear_binning(
+    weights: Float[Tensor, "r n"], above: Float[Tensor, " n"], places: Int[Tensor, " edges"]
+) -> Float[Tensor, "r points"]:
+    """Weights shared out between the two grid points beside each value, in proportion to nearness."""
+    grid = prefix(weights)[:, places].diff()
+    upper = prefix(weights * above)[:, places].diff()
+    grid -= upper
+    grid[:, 1:] += upper[:, :-1]
+    return grid
+
+
+def _kernel_width(p: Float[Tensor, "1 n"], weights: Float[Tensor, "r n"]) -> Float[Tensor, " r"]:
+    """Half-width of the kernel: three bandwidths std (2n)^(-1/5), and never less than three cells of the grid."""
+    total = weights.sum(1)
+    centred = p[0] - (weights[0] @ p[0]) / total[0] if total[0] > 0 else p[0]
+    variance = (weights @ centred**2) / total - ((weights @ centred) / total) ** 2
+    bandwidth = variance.clamp(min=0).sqrt() * (2 * p.shape[1]) ** -0.2
+    return 3 * bandwidth.clamp(min=1 / _CELLS)
+
+
+def _integrate(
+    everything: Float[Tensor, "r points"], hits: Float[Tensor, "r points"], width: Float[Tensor, " r"]
+) -> Float[Tensor, " r"]:
+    """Integral of |x f(x) - f_hit(x)| over that of f, where f_hit / f is the accuracy at x."""
+    x = torch.linspace(0, 1, _CELLS + 1, dtype=torch.float64, device=width.device)
+    lag = torch.arange(-2 * _CELLS, 2 * _CELLS, dtype=torch.float64, device=width.device) / _CELLS
+    u = (lag / width[:, None]).clamp_(-1, 1)
+    kernel = torch.fft.rfft(torch.fft.ifftshift((1 - u * u) ** 3, dim=1))
+    density, density_of_hits = (_reflect_and_fold(grid, kernel) for grid in (everything, hits))
+    error = torch.trapezoid((x * density - density_of_hits).abs(), x) / torch.trapezoid(density, x)
+    return torch.where(hits.sum(1) > 0, error, math.nan)
+
+
+def _reflect_and_fold(grid: Float[Tensor, "r points"], kernel: Num[Tensor, "r m"]) -> Float[Tensor, "r points"]:
+    """Density at the grid points of 0..1, with the mass near 0 and 1 reflected there."""
+    half = _CELLS // 2
+    padded = grid.new_zeros(len(grid), 4 * _CELLS)
+    padded[:, half : half + _CELLS + 1] = grid
+    padded[:, 1 : half + 1] += grid[:, :half].flip(1)
+    padded[:, half + _CELLS : 2 * _CELLS + 1] += grid[:, half:].flip(1)
+    folded = torch.fft.irfft(torch.fft.rfft(padded) * kernel, n=4 * _CELLS)
+    return folded[:, half : half + _CELLS + 1]

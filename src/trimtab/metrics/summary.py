@@ -1,0 +1,138 @@
+"""What a report shows of one set of predictions: headline measures with intervals, curves, and a row a class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from trimtab.core import checks
+from trimtab.core.stats import Interval
+from trimtab.metrics import reliability, resampling, risk_coverage
+from trimtab.metrics.binning import Ranked, bin_sums
+from trimtab.metrics.measures import Measured, Named, measure_logits
+from trimtab.metrics.rows import Labels, Matrix
+
+HEADLINE_BINS = 15
+_CELLS = 20
+_POINTS = 200
+_HEADLINE = {
+    "accuracy": "accuracy",
+    "ece": f"ECE_{HEADLINE_BINS}",
+    "ece_em": f"ECE_em_{HEADLINE_BINS}",
+    "mce": f"MCE_{HEADLINE_BINS}",
+    "cw_ece": f"cwCE_{HEADLINE_BINS}",
+    "log_loss": "NLL",
+    "brier": "Brier",
+    "auroc": "auroc",
+    "aurc": "aurc",
+    "mean_confidence": "mean_confidence",
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Plain data, ready for JSON.
+
+    Args:
+        n: rows.
+        c: classes.
+        headline: accuracy, ece, ece_em, mce, cw_ece (15 bins), log_loss, brier, auroc (right against wrong by
+            confidence), aurc, mean_confidence, each with its interval.
+        reliability: the arrays of `Reliability` by name, 15 bins.
+        histogram: samples in 20 equal-width cells of the confidence.
+        risk_coverage: at most 200 points (coverage, risk).
+        per_class: ``count``, ``recall`` (NaN if the class does not occur), ``mean_probability`` and ``ece`` (15 bins),
+            each with one number a class.
+        interval_method: how the intervals were made, one sentence.
+        level: coverage of the intervals.
+    """
+
+    n: int
+    c: int
+    headline: dict[str, Interval]
+    reliability: dict[str, list[float]]
+    histogram: list[int]
+    risk_coverage: list[tuple[float, float]]
+    per_class: dict[str, list[float]]
+    interval_method: str
+    level: float
+
+
+def summarise(logits: Matrix, labels: Labels, *, resamples: int = 200, level: float = 0.95, seed: int = 0) -> Summary:
+    """Summarise predictions in memory.
+
+    Args:
+        logits: unnormalised scores or log-probabilities (n, c), finite; tensor or array.
+        labels: true classes (n,), integers in 0..c-1.
+        resamples: bootstrap resamples behind every interval.
+        level: coverage of the intervals and of the reliability curve's bands.
+        seed: the same seed gives the same intervals.
+
+    Raises:
+        InputError: an argument is malformed.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+        >>> summary = summarise(logits, torch.tensor([0, 1, 0]), resamples=20)
+        >>> round(summary.headline["accuracy"].estimate, 3), summary.per_class["recall"]
+        (0.667, [0.5, 1.0])
+    """
+    z = checks.logits(logits).detach()
+    y = checks.labels(labels, *z.shape).to(z.device)
+    (measured,) = measure_logits(z, y, (1.0,), (HEADLINE_BINS,), kernel=False)
+    weights = resampling.weights(len(z), resamples, seed, z.device)
+    (resampled,) = measure_logits(z, y, (1.0,), (HEADLINE_BINS,), weights=weights, kernel=False)
+    intervals = resampling.intervals(headline(measured.named), headline(resampled.named), level)
+    correct = z.argmax(1) == y
+    return assemble(measured, y, correct, intervals, resampling.bootstrap_sentence(resamples), level)
+
+
+def headline(named: Named) -> Named:
+    """The headline measures, by the names that a summary gives them."""
+    return {name: named[source] for name, source in _HEADLINE.items()}
+
+
+def assemble(
+    measured: Measured,
+    labels: Int[Tensor, " n"],
+    correct: Tensor,
+    intervals: Mapping[str, Interval],
+    interval_method: str,
+    level: float,
+    bins: tuple[int, ...] = (HEADLINE_BINS,),
+) -> Summary:
+    """Put a summary together from what was measured at one temperature."""
+    ranked, _, by_class = measured
+    c = len(by_class.width)
+    count = torch.bincount(labels, minlength=c)
+    recall = torch.bincount(labels[correct], minlength=c) / count
+    curve = reliability.curve_of(bin_sums(ranked.values, ranked.hits, HEADLINE_BINS), level)
+    return Summary(
+        n=ranked.n,
+        c=c,
+        headline=dict(intervals),
+        reliability={name: values.tolist() for name, values in curve._asdict().items()},
+        histogram=[int(k) for k in bin_sums(ranked.values, ranked.hits, _CELLS).samples[0]],
+        risk_coverage=_some_points(ranked),
+        per_class={
+            "count": count.tolist(),
+            "recall": recall.tolist(),
+            "mean_probability": by_class.mean_probability.tolist(),
+            "ece": by_class.width[:, 0, bins.index(HEADLINE_BINS)].tolist(),
+        },
+        interval_method=interval_method,
+        level=level,
+    )
+
+
+def _some_points(ranked: Ranked) -> list[tuple[float, float]]:
+    """The risk-coverage curve, thinned to points of about equal distance in coverage."""
+    coverage, risk = risk_coverage.curve_of(ranked)
+    wanted = torch.linspace(1 / _POINTS, 1, _POINTS, dtype=coverage.dtype, device=coverage.device)
+    chosen = torch.unique(torch.searchsorted(coverage, wanted).clamp(max=len(coverage) - 1))
+    return list(zip(coverage[chosen].tolist(), risk[chosen].tolist()))

@@ -1,8 +1,10 @@
 """What the documentation takes from elsewhere: the catalogue, the published claims, the command line, the drawings."""
 
 import ast
+import re
 from pathlib import Path
 
+import griffe
 import typer
 from mkdocs.structure.files import File
 
@@ -16,7 +18,9 @@ ADMONITION = {"holds": "success", "undecided": "warning", "fails": "failure", "n
 
 def on_config(config):
     """Name the method pages in the navigation."""
-    pages = [{"All methods": "methods/index.md"}] + [{m.title: f"methods/{m.slug}.md"} for m in catalog.methods()]
+    pages = [{"All methods": "methods/index.md"}] + [
+        {short(m.symbols): f"methods/{m.slug}.md"} for m in catalog.methods()
+    ]
     for entry in config.nav:
         if "Methods" in entry:
             entry["Methods"] = pages
@@ -41,9 +45,27 @@ def on_page_markdown(markdown, page, config, files):
     return markdown
 
 
+class Docstrings(griffe.Extension):
+    """Docstrings say "Example:", and name attributes together; griffe knows "Examples:", and one name a line."""
+
+    def on_object(self, *, obj, **kwargs):
+        if obj.docstring:
+            text = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(
+                r"^( +\w+(?:, \w+)+):", lambda m: m[0].replace(", ", ",\u00a0"), text, flags=re.M
+            )
+
+
+def short(symbols, limit=3):
+    """The first symbols of a method, for the navigation."""
+    return ", ".join(symbols[:limit]) + (", ..." if len(symbols) > limit else "")
+
+
 def journey():
     """The picture of the landing page: one drawing for wide screens, one for narrow ones."""
-    drawings = [(ROOT / "docs/assets" / f"journey-{shape}.svg").read_text(encoding="utf-8") for shape in ("wide", "tall")]
+    drawings = [
+        (ROOT / "docs/assets" / f"journey-{shape}.svg").read_text(encoding="utf-8") for shape in ("wide", "tall")
+    ]
     return "\n\n".join(drawings)
 
 
@@ -103,7 +125,9 @@ def method_page(method):
     """The page of one method: what it is, its claim, what the source tells, its interface."""
     imports = f"from trimtab.{method.stage} import {', '.join(method.symbols)}"
     told = "\n\n".join(
-        f"**`{file.name}`** {ast.get_docstring(ast.parse(file.read_text(encoding='utf-8')))}" for file in method.files
+        (f"### `{file.name}`\n\n" if len(method.files) > 1 else "")
+        + (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "")
+        for file in method.files
     )
     result = next(r for r in read() if r["slug"] == method.slug)
     interface = "\n\n".join(f"::: {name}" for name in method.names)

@@ -40,16 +40,31 @@ def intervals(
         scale: what deviations are multiplied with: sqrt(b / n) where the replicates come from subsets of b rows.
     """
     return {
-        name: _interval(name, float(value), replicates[name].cpu().numpy(), level, scale)
+        name: _clamped(name, _centred(float(value), replicates[name].cpu().numpy(), level, scale))
         for name, value in estimates.items()
     }
 
 
-def _interval(name: str, estimate: float, replicates: np.ndarray, level: float, scale: float) -> Interval:
+def changes(before: list[Mapping[str, Tensor]], after: list[Mapping[str, Tensor]], level: float) -> dict[str, Interval]:
+    """Centred percentile intervals of after - before, each given as [estimates, replicates on the same resamples]."""
+    return {
+        name: _centred(float(after[0][name] - before[0][name]), (after[1][name] - before[1][name]).cpu().numpy(), level)
+        for name in before[0]
+    }
+
+
+def _centred(estimate: float, replicates: np.ndarray, level: float, scale: float = 1.0) -> Interval:
     known = replicates[np.isfinite(replicates)]
     if not len(known) or not math.isfinite(estimate):
         return Interval(estimate, math.nan, math.nan)
-    low, high = stats.percentile_interval(estimate, estimate + (known - known.mean()) * scale, level)[1:]
+    return stats.percentile_interval(estimate, estimate + (known - known.mean()) * scale, level)
+
+
+def _clamped(name: str, interval: Interval) -> Interval:
+    """The interval inside the measure's range, and around its estimate."""
+    estimate, low, high = interval
+    if math.isnan(low):
+        return interval
     highest = _HIGHEST.get(name.rpartition("_")[2] if name.startswith(("pre_", "post_")) else name, 1.0)
     return Interval(estimate, min(max(low, 0.0), estimate), max(min(high, highest), estimate))
 

@@ -92,6 +92,47 @@ def summarise(logits: Matrix, labels: Labels, *, resamples: int = 200, level: fl
     return assemble(measured, y, correct, intervals, resampling.bootstrap_sentence(resamples), level)
 
 
+def compare(
+    before: Matrix, after: Matrix, labels: Labels, *, resamples: int = 200, level: float = 0.95, seed: int = 0
+) -> dict[str, Interval]:
+    """What a correction changes: after - before of the headline measures, bootstrapped in pairs.
+
+    Both sides are measured on the same resamples, so that what they share cancels: the intervals are far narrower than
+    those of two separate summaries suggest.
+
+    Args:
+        before: logits (n, c) without the correction.
+        after: logits or log-probabilities (n, c) of the same rows with it.
+        labels: true classes (n,), integers in 0..c-1.
+        resamples: bootstrap resamples.
+        level: coverage of the intervals.
+        seed: the same seed gives the same intervals.
+
+    Raises:
+        InputError: an argument is malformed.
+
+    Example:
+        >>> import torch
+        >>> logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 1, 0])
+        >>> compare(logits, logits, labels, resamples=20)["log_loss"]
+        Interval(estimate=0.0, low=0.0, high=0.0)
+    """
+    z = checks.logits(before).detach()
+    y = checks.labels(labels, *z.shape).to(z.device)
+    other = checks.logits(after, "after", classes=z.shape[1]).detach()
+    if len(other) != len(z):
+        raise checks.InputError(f"after must have {len(z)} rows as before has, got {len(other)}")
+    drawn = resampling.weights(len(z), resamples, seed, z.device)
+    sides = [
+        [
+            headline(measure_logits(x, y, (1.0,), (HEADLINE_BINS,), weights=w, kernel=False)[0].named)
+            for w in (None, drawn)
+        ]
+        for x in (z, other)
+    ]
+    return resampling.changes(*sides, level)
+
+
 def headline(named: Named) -> Named:
     """The headline measures, by the names that a summary gives them."""
     return {name: named[source] for name, source in _HEADLINE.items()}

@@ -226,6 +226,29 @@ def test_without_any_correction_the_verdict_says_so(results):
     assert "out of memory" in Page(render(bare)).visible
 
 
+def test_a_gap_that_nothing_mends_is_not_called_fine(results):
+    result = results("model")
+    rows = [replace(row, chosen=row.name == "Uncalibrated") for row in result.ranking]
+    found = verdict(replace(result, ranking=rows, after=result.before, change={}))
+    assert found.headline[0].startswith("Overconfident")
+    assert found.headline[1] == "No correction tried helps."
+
+
+def test_a_tiny_error_is_called_well_calibrated(results):
+    result = results("table")
+    tiny = result.before | {"ece": (0.004, 0.003, 0.005)}
+    found = verdict(replace(result, before=tiny, after=result.after | {"ece": (0.001, 0.0005, 0.002)}))
+    assert found.headline[0] == "Well calibrated, to within one point."
+    assert found.headline[1].endswith("still improves it.")
+
+
+def test_an_infinite_log_loss_is_left_out_of_the_picture(results):
+    result = results("table")
+    nowhere = replace(result.ranking[-1], log_loss=float("inf"), standard_error=float("nan"))
+    figures = json.loads(Page(render(replace(result, ranking=[*result.ranking[:-1], nowhere]))).islands["figures"])
+    assert len(figures["ranking"]["layout"]["yaxis"]["categoryarray"]) == len(result.ranking) - 1
+
+
 def test_without_intervals_nothing_is_called_clear(results):
     result = results("table")
     bare = {when: {k: (t[0], np.nan, np.nan) for k, t in getattr(result, when).items()} for when in ("before", "after")}

@@ -6,7 +6,7 @@ import math
 
 from trimtab.audit.report.heat import MEAN, Heat
 from trimtab.audit.report.tables import bins, risk_at
-from trimtab.audit.report.verdict import UNSHIFTED, chosen, uncorrected
+from trimtab.audit.report.verdict import UNSHIFTED, chosen, scored, uncorrected
 from trimtab.audit.report.words import coverage, decimal, mid_sentence, percent, plural
 from trimtab.audit.result import AuditResult
 
@@ -35,7 +35,7 @@ def reliability(result: AuditResult, when: str) -> str:
 
 def rule(result: AuditResult) -> str:
     """The one-standard-error rule, with this audit's numbers."""
-    rows = [row for row in result.ranking if row.failed is None]
+    rows = [row for row in result.ranking if scored(row)]
     if not rows:
         return "No calibrator could be fitted; the reasons are in the table."
     best, pick = rows[0], chosen(result)

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from trimtab.audit.report.tables import bins, span
-from trimtab.audit.report.verdict import uncorrected
+from trimtab.audit.report.verdict import scored, uncorrected
 from trimtab.audit.report.words import count, coverage, decimal, percent, plural, seconds
 from trimtab.audit.result import AuditResult, Curve, Ranked
 
@@ -25,7 +25,7 @@ def figures(result: AuditResult) -> dict[str, Figure]:
     """Every picture that the result has data for, by the id of the element it is drawn into."""
     moments = ["before"] if uncorrected(result) else ["before", "after"]
     found = {f"reliability-{when}": reliability(result, when) for when in moments}
-    if any(row.failed is None for row in result.ranking):
+    if any(scored(row) for row in result.ranking):
         found["ranking"] = ranking(result)
     found["risk"] = risk_coverage(result, moments)
     return found
@@ -111,7 +111,7 @@ def _bin_text(row: tuple[Any, ...], level: float) -> str:
 
 def ranking(result: AuditResult) -> Figure:
     """Cross-validated log loss of every calibrator with its standard error, best on top."""
-    rows = [row for row in result.ranking if row.failed is None]
+    rows = [row for row in result.ranking if scored(row)]
     best = rows[0]
     limit = best.log_loss + best.standard_error
     marks = [_marks([row for row in rows if row.chosen], chosen=True), _marks([r for r in rows if not r.chosen])]

@@ -10,7 +10,7 @@ from trimtab.audit.report.words import compare, coverage, decimal, mid_sentence,
 from trimtab.audit.result import AuditResult, Ranked, ShiftCell, Triple
 
 UNSHIFTED = "none"
-_NEGLIGIBLE = 0.01  # a calibration error that is surely below one point is nothing to act on
+_NEGLIGIBLE = 0.01  # one point: a calibration error, or a loss of accuracy, that is nothing to act on
 _MOST = 2 / 3  # a correction that removes this share of the error removes "most of it"
 
 
@@ -53,6 +53,11 @@ def chosen(result: AuditResult) -> Ranked | None:
     return next((row for row in result.ranking if row.chosen), None)
 
 
+def scored(row: Ranked) -> bool:
+    """Whether a calibrator was fitted and has a finite log loss (a probability of zero for a true label has none)."""
+    return row.failed is None and math.isfinite(row.log_loss)
+
+
 def uncorrected(result: AuditResult) -> bool:
     """Whether the model was best left as it is, so that before and after are the same."""
     return result.before["log_loss"][0] == result.after["log_loss"][0]
@@ -66,7 +71,7 @@ def _state(result: AuditResult) -> tuple[str, str]:
     gap, low, high = confidence_gap(result.before)
     claim, truth = f"the model claims {percent(confidence[0])} confidence on average", f"{percent(accuracy[0])} of its "
     truth += "predictions are right"
-    if math.isfinite(ece[2]) and ece[2] < _NEGLIGIBLE:
+    if _negligible(result):
         return "Well calibrated, to within one point", f"{claim} and {truth}"
     if not math.isfinite(low):
         return f"Confidence and accuracy lie {points(gap)} points apart", f"{claim} and {truth}"
@@ -89,8 +94,11 @@ def _cure(result: AuditResult) -> tuple[str, str]:
         return "no correction could be fitted", "no correction could be fitted"
     if uncorrected(result):
         tried = sum(row.failed is None for row in result.ranking) - 1
-        clause = f"none of the {plural(tried, 'correction')} tried is clearly better than leaving it as it is"
-        return "no correction is needed" if tried else "no correction could be fitted", clause
+        if not tried:
+            return "no correction could be fitted", "no correction could be fitted"
+        _, low, high = confidence_gap(result.before)
+        head = "no correction is needed" if low <= 0 <= high or _negligible(result) else "no correction tried helps"
+        return head, f"none of the {plural(tried, 'correction')} tried is clearly better than leaving it as it is"
     name, inside = best.name, mid_sentence(best.name)
     before, after = result.before, result.after
     loss = compare(before["log_loss"], after["log_loss"], -1, result.change.get("log_loss"))
@@ -103,14 +111,19 @@ def _cure(result: AuditResult) -> tuple[str, str]:
             f"{inside} takes {gap} and {score}, clearly worse in part: do not deploy it",
         )
     if error == "better":
-        most = after["ece"][0] <= (1 - _MOST) * before["ece"][0]
+        part = "most" if after["ece"][0] <= (1 - _MOST) * before["ece"][0] else "part"
         clause = f"{inside} cuts {gap}, more than chance explains, {_accuracy_clause(result)}"
-        return f"{name} corrects {'most' if most else 'part'} of it", clause
+        return f"{name} {'still improves it' if _negligible(result) else f'corrects {part} of it'}", clause
     if loss == "better":
         clause = f"{inside} lowers {score}, more than chance explains, {_accuracy_clause(result)}"
         return f"{name} helps", f"{clause}; its effect on the calibration error is within uncertainty"
     doubt = "without intervals to judge the change by" if loss == error == "unknown" else "a change within uncertainty"
     return f"whether {inside} helps is uncertain", f"{inside} takes {gap} and {score}, {doubt}"
+
+
+def _negligible(result: AuditResult) -> bool:
+    """Whether the calibration error is surely too small to act on."""
+    return result.before["ece"][2] < _NEGLIGIBLE
 
 
 def _accuracy_clause(result: AuditResult) -> str:

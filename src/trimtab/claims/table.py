@@ -1,4 +1,4 @@
-"""Results of claims for people: one table, read from the published files and nothing else."""
+"""Results of claims for people, read from the published files and nothing else."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
+from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Column, Table
+from rich.text import Text
 
 from trimtab import catalog
 
@@ -27,16 +29,17 @@ def effect(expectation: dict[str, Any]) -> str:
     return f"{estimate:.4g} [{low:.4g}, {high:.4g}]"
 
 
-def table(results: Iterable[dict[str, Any]]) -> Table:
-    """A claim with its verdict, and below it what each expectation measured."""
-    drawn = Table(Column("claim", no_wrap=True), "expected", "measured", "verdict", box=SIMPLE, pad_edge=False)
+def table(results: Iterable[dict[str, Any]]) -> Group:
+    """Each claim with its verdict and, below it, what every expectation measured."""
+    drawn: list[RenderableType] = []
     for result in results:
-        seeds = f"{len(result['values'])} seeds" if result["values"] else ""
-        drawn.add_row(f"[bold]{result['slug']}[/]", f"[italic]{result['statement']}[/]", seeds, _coloured(result))
+        seeds = f", {len(result['values'])} seeds" if result["values"] else ""
+        drawn += [Text.from_markup(f"[bold]{result['slug']}[/]  {_coloured(result)}{seeds}"), Text(result["statement"])]
+        rows = Table.grid(Column(no_wrap=True), Column(no_wrap=True), Column(), padding=(0, 2))
         for expectation in result["expectations"]:
-            drawn.add_row("", escape(expectation["text"]), escape(effect(expectation)), _coloured(expectation))
-        drawn.add_section()
-    return drawn
+            rows.add_row(_coloured(expectation), escape(effect(expectation)), escape(expectation["text"]))
+        drawn += [Padding(rows, (0, 0, 1, 2))]
+    return Group(*drawn)
 
 
 def _coloured(judged: dict[str, Any]) -> str:

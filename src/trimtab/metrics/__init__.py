@@ -20,7 +20,7 @@ from trimtab.metrics.nll import NegativeLogLikelihood, negative_log_likelihood
 from trimtab.metrics.reliability import Reliability, ReliabilityCurve, reliability_curve
 from trimtab.metrics.risk_coverage import AURC, RiskCoverage, RiskCoverageCurve, aurc, risk_coverage_curve
 from trimtab.metrics.roc import Roc, RocAuc, RocCurve, roc_auc, roc_curve
-from trimtab.metrics.streaming import TableSuite, sample_rows, table_suite
+from trimtab.metrics.streaming import TableSuite, sample_rows, table_suite, table_summary
 from trimtab.metrics.summary import Summary, compare, summarise
 from trimtab.metrics.top_label import top_label_errors
 
@@ -74,5 +74,6 @@ __all__ = [
     "sample_rows",
     "summarise",
     "table_suite",
+    "table_summary",
     "top_label_errors",
 ]

@@ -9,7 +9,7 @@ many bins has in the sample itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -45,7 +45,9 @@ def intervals(
     }
 
 
-def changes(before: list[Mapping[str, Tensor]], after: list[Mapping[str, Tensor]], level: float) -> dict[str, Interval]:
+def changes(
+    before: Sequence[Mapping[str, Tensor]], after: Sequence[Mapping[str, Tensor]], level: float
+) -> dict[str, Interval]:
     """Centred percentile intervals of after - before, each given as [estimates, replicates on the same resamples]."""
     return {
         name: _centred(float(after[0][name] - before[0][name]), (after[1][name] - before[1][name]).cpu().numpy(), level)

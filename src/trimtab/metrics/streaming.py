@@ -11,7 +11,7 @@ All point estimates are exact: they come from the same functions as those of tab
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, sqrt
@@ -31,7 +31,7 @@ from trimtab.metrics.binning import BINS
 from trimtab.metrics.measures import Named, measure, measure_logits, study_columns
 from trimtab.metrics.resampling import intervals
 from trimtab.metrics.rows import Rows, rows_of, working
-from trimtab.metrics.summary import Summary, assemble, headline
+from trimtab.metrics.summary import HEADLINE_BINS, Summary, assemble, headline
 
 SAMPLE_ROWS = 1_000_000
 _SAMPLE_ELEMENTS = 1 << 26
@@ -112,11 +112,17 @@ def table_suite(
     labels = _labels(table)
     rows, means = _read_rows(table, labels, temperatures)
     measured = measure(rows, means, partial(_columns, table, sample.dtype), labels, temperatures, BINS)
-    replicates, scale, sentence = _replicates(sample, sample_labels, temperatures, table.n, resamples, seed)
+    replicates, scale, sentence = _replicates(sample, sample_labels, temperatures, BINS, table.n, resamples, seed)
     named = [each.named for each in measured]
     before, after = (
         assemble(
-            one, labels, rows[0].correct, intervals(headline(one.named), headline(many), level, scale), sentence, level
+            one,
+            labels,
+            rows[0].correct,
+            intervals(headline(one.named), headline(many), level, scale),
+            sentence,
+            level,
+            BINS,
         )
         for one, many in zip(measured, replicates)
     )
@@ -131,6 +137,18 @@ def table_suite(
         interval_method=sentence,
         level=level,
     )
+
+
+def table_summary(table: Table, *, resamples: int = 200, level: float = 0.95, seed: int = 0) -> Summary:
+    """`summarise` for a table larger than memory; the arguments are those of `table_suite`."""
+    checks.integer(resamples, "resamples", low=1)
+    sample, sample_labels = sample_rows(table, seed)
+    labels, bins = _labels(table), (HEADLINE_BINS,)
+    rows, means = _read_rows(table, labels, (1.0,))
+    (measured,) = measure(rows, means, partial(_columns, table, sample.dtype), labels, (1.0,), bins, kernel=False)
+    (replicates,), scale, sentence = _replicates(sample, sample_labels, (1.0,), bins, table.n, resamples, seed)
+    found = intervals(headline(measured.named), headline(replicates), level, scale)
+    return assemble(measured, labels, rows[0].correct, found, sentence, level, bins)
 
 
 def sample_rows(table: Table, seed: int, rows: int = SAMPLE_ROWS) -> tuple[Float[Tensor, "m c"], Int[Tensor, " m"]]:
@@ -199,6 +217,7 @@ def _replicates(
     logits: Float[Tensor, "m c"],
     labels: Int[Tensor, " m"],
     temperatures: tuple[float, ...],
+    bins: Sequence[int],
     n: int,
     resamples: int,
     seed: int,
@@ -207,14 +226,17 @@ def _replicates(
     m, c = logits.shape
     if m == n and n * c <= _BOOTSTRAP_ELEMENTS:
         weights = resampling.weights(n, resamples, seed, logits.device)
-        measured = measure_logits(logits, labels, temperatures, BINS, weights=weights)
+        measured = measure_logits(logits, labels, temperatures, bins, weights=weights)
         return [each.named for each in measured], 1.0, resampling.bootstrap_sentence(resamples)
     subsets = min(resamples, max(2, m // _SUBSET_ROWS))
     size = m // subsets
     order = torch.from_numpy(np.random.default_rng(seed).permutation(m)[: subsets * size])
     found = [
-        measure_logits(logits[rows], labels[rows], temperatures, BINS)
+        measure_logits(logits[rows], labels[rows], temperatures, bins)
         for rows in track(torch.split(order, size), "measure subsets")
     ]
-    named = [{name: torch.cat([each[i].named[name] for each in found]) for name in found[0][i].named} for i in (0, 1)]
+    named = [
+        {name: torch.cat([each[i].named[name] for each in found]) for name in found[0][i].named}
+        for i in range(len(temperatures))
+    ]
     return named, sqrt(size / n), resampling.subsampling_sentence(subsets, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,7 @@ def summarise(logits: Matrix, labels: Labels, *, resamples: int = 200, level: fl
     (resampled,) = measure_logits(z, y, (1.0,), (HEADLINE_BINS,), weights=weights, kernel=False)
     intervals = resampling.intervals(headline(measured.named), headline(resampled.named), level)
     correct = z.argmax(1) == y
-    return assemble(measured, y, correct, intervals, resampling.bootstrap_sentence(resamples), level)
+    return assemble(measured, y, correct, intervals, resampling.bootstrap_sentence(resamples), level, (HEADLINE_BINS,))
 
 
 def compare(
@@ -123,14 +123,14 @@ def compare(
     if len(other) != len(z):
         raise checks.InputError(f"after must have {len(z)} rows as before has, got {len(other)}")
     drawn = resampling.weights(len(z), resamples, seed, z.device)
-    sides = [
+    first, second = (
         [
             headline(measure_logits(x, y, (1.0,), (HEADLINE_BINS,), weights=w, kernel=False)[0].named)
             for w in (None, drawn)
         ]
         for x in (z, other)
-    ]
-    return resampling.changes(*sides, level)
+    )
+    return resampling.changes(first, second, level)
 
 
 def headline(named: Named) -> Named:
@@ -145,9 +145,9 @@ def assemble(
     intervals: Mapping[str, Interval],
     interval_method: str,
     level: float,
-    bins: tuple[int, ...] = (HEADLINE_BINS,),
+    bins: Sequence[int],
 ) -> Summary:
-    """Put a summary together from what was measured at one temperature."""
+    """Put a summary together from what was measured at one temperature with these bin counts."""
     ranked, _, by_class = measured
     c = len(by_class.width)
     count = torch.bincount(labels, minlength=c)

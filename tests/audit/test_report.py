@@ -24,7 +24,7 @@ from trimtab.audit.result import AuditResult
 FIFTEEN = tuple(f"shift_{i}" for i in range(15))
 EVIL = ["<script>alert(1)</script>", "</script>", "a & b", '"quoted"', "<img src=x onerror=alert(1)>"]
 EVIL += [f"a class whose name is far longer than anyone would wish {i}" for i in range(5)]
-VOID = {"meta", "link", "input", "line", "circle", "br", "i"}
+VOID = {"meta", "link", "input", "line", "circle", "br", "i", "path"}
 
 
 class Page(HTMLParser):
@@ -453,6 +453,23 @@ def test_hovering_a_bin_reads_out_its_numbers(show, results):
     firm = [i for i, n in enumerate(curve.count) if n >= 10][8]
     assert label.text_content().startswith(f"Of {curve.count[firm]:,} predictions made with")
     assert f"{percent(curve.accuracy[firm], 0)} were right" in label.text_content()
+
+
+@pytest.mark.browser
+def test_the_arrow_keys_go_from_point_to_point(show, results):
+    page = show("failed")
+    counts = [n for n in results("failed").reliability["after"].count if n >= 10]
+    page.locator("#reliability-after").focus()
+    for n in counts[:3]:
+        page.keyboard.press("ArrowRight")
+        page.locator("#reliability-after .hovertext", has_text=f"Of {n:,} predictions").wait_for()
+        assert page.locator("#spoken").text_content().startswith(f"Of {n:,} predictions made with")
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#spoken").text_content().startswith(f"Of {counts[1]:,} predictions made with")
+    for name in ("ranking", "risk"):
+        page.locator(f"#{name}").focus()
+        page.keyboard.press("ArrowRight")
+        page.locator(f"#{name} .hovertext").wait_for()
 
 
 @pytest.mark.browser

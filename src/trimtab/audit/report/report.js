@@ -38,6 +38,29 @@
       plot.textContent = "This picture needs a browser from 2023 or later. The table below holds the same numbers.";
     }
 
+  // The arrow keys go from point to point, from left to right and line by line; what they find is shown and spoken.
+  const spoken = document.getElementById("spoken");
+  const stops = (plot) =>
+    plot.data.flatMap(({ type, mode, hovertext = [], x }, curveNumber) => {
+      const stride = mode === "lines" ? Math.ceil(hovertext.length / 20) : 1;
+      const points = hovertext.map((text, pointNumber) => ({ text, x: x[pointNumber], curveNumber, pointNumber }));
+      return type === "bar" ? [] : points.filter((_, i) => i % stride === 0).sort((a, b) => a.x - b.x);
+    });
+  for (const plot of document.querySelectorAll(".plot")) {
+    let at = -1;
+    plot.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step || !window.Plotly) return;
+      event.preventDefault();
+      const points = stops(plot);
+      at = Math.min(Math.max(0, at + step), points.length - 1);
+      const { text, curveNumber, pointNumber } = points[at];
+      window.Plotly.Fx.hover(plot, [{ curveNumber, pointNumber }]);
+      spoken.textContent = new DOMParser().parseFromString(text.replaceAll("<br>", " "), "text/html").body.textContent;
+    });
+    plot.addEventListener("blur", () => window.Plotly?.Fx.unhover(plot));
+  }
+
   // Theme: the system's, until the button is pressed.
   const button = document.getElementById("theme");
   const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches);

@@ -60,7 +60,8 @@ def scored(row: Ranked) -> bool:
 
 def uncorrected(result: AuditResult) -> bool:
     """Whether the model was best left as it is, so that before and after are the same."""
-    return result.before["log_loss"][0] == result.after["log_loss"][0]
+    best = chosen(result)
+    return best is None or best.symbol == "Uncalibrated"
 
 
 def _state(result: AuditResult) -> tuple[str, str]:

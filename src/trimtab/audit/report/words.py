@@ -134,7 +134,7 @@ def compare(before: Triple, after: Triple, better: int, change: Triple | None = 
     """
     if not (math.isfinite(before[0]) and math.isfinite(after[0])):
         return "unknown"
-    if before[0] == after[0]:
+    if math.isclose(before[0], after[0], rel_tol=1e-6):  # the rounding of single precision
         return "same"
     if change is not None and math.isfinite(change[1]) and math.isfinite(change[2]):
         sign = (change[1] > 0) - (change[2] < 0)

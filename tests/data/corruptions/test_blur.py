@@ -105,10 +105,10 @@ def test_motion_blur_draws_directions_within_45_degrees_of_the_horizontal():
     pixels = torch.zeros(200, 1, 32, 32)
     pixels[:, :, 16, 20] = 1
     trail = corrupt(pixels, "motion_blur", 5, seeded())[:, 0]
-    assert float(trail[:, :, 21:].sum()) == 0
+    assert float(trail[:, :, 21:].max()) < 1e-6
     columns = torch.arange(32)
     rows, steps = (torch.arange(32) - 16)[:, None].abs(), 20 - columns
-    assert float(trail[:, (rows > steps + 1)].sum()) == 0
+    assert float(trail[:, rows > steps + 1].max()) < 1e-6
     up, down = float(trail[:, :16].sum()), float(trail[:, 17:].sum())
     assert 0.8 < up / down < 1.25
 

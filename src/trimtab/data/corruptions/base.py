@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from scipy.fft import next_fast_len
 from torch import Tensor
 
 Row = TypeVar("Row")
@@ -61,29 +62,27 @@ def _smoothing(size: int, sigma: float, truncate: float, mirror: bool) -> Float[
 
 
 def convolve(x: Float[Tensor, "*n h w"], kernel: Float[Tensor, "*m k k"]) -> Float[Tensor, "*nm a b"]:
-    """The valid part of the convolution of `x` with a symmetric kernel; by way of Fourier, ten times faster on CPUs."""
-    size, edge = x.shape[-2:], kernel.shape[-1] - 1
-    return torch.fft.irfft2(torch.fft.rfft2(x) * torch.fft.rfft2(kernel, s=size), s=size)[..., edge:, edge:]
+    """The valid part of the convolution of `x` with `kernel`; by way of Fourier, several times faster on CPUs."""
+    h, w = x.shape[-2:]
+    size, edge = [next_fast_len(side, real=True) for side in (h, w)], kernel.shape[-1] - 1
+    product = torch.fft.rfft2(x, s=size) * torch.fft.rfft2(kernel, s=size)
+    return torch.fft.irfft2(product, s=size)[..., edge:h, edge:w]
 
 
 def drag(
     x: Float[Tensor, "n c h w"], radius: int, sigma: float, degrees: Float[Tensor, " n"]
 ) -> Float[Tensor, "n c h w"]:
     """Motion blur as ImageMagick's: half a Gaussian of ``2 * radius + 1`` taps, one direction for each image."""
-    h, w = x.shape[-2:]
-    weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(2 * radius + 1)]
-    total = sum(weights)
+    steps = torch.arange(2 * radius + 1, dtype=x.dtype, device=x.device)
+    weight = torch.exp(-0.5 * (steps / sigma) ** 2)
+    weight = weight / weight.sum()
+    weight = weight[weight > 1e-6]  # the rest is invisible in single precision
+    reach = len(weight) - 1
     angle = degrees.deg2rad()[:, None]
-    out = torch.zeros_like(x)
-    for i, weight in enumerate(weights):
-        if weight < 1e-6 * total:  # invisible in single precision, as is everything after it
-            break
-        rows = torch.arange(h, device=x.device) + torch.ceil(i * angle.sin() - 0.5).long()
-        columns = torch.arange(w, device=x.device) + torch.ceil(i * angle.cos() - 0.5).long()
-        index = rows.clamp(0, h - 1)[:, :, None] * w + columns.clamp(0, w - 1)[:, None, :]
-        moved = x.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, x.shape[1], -1))
-        out += weight / total * moved.view_as(x)
-    return out
+    down, right = ((steps[: reach + 1] * part - 0.5).ceil().long() for part in (angle.sin(), angle.cos()))
+    kernel = x.new_zeros(len(x), (2 * reach + 1) ** 2)
+    kernel.scatter_add_(1, (reach - down) * (2 * reach + 1) + reach - right, weight.expand(len(x), -1))
+    return convolve(F.pad(x, [reach] * 4, mode="replicate"), kernel.view(-1, 1, 2 * reach + 1, 2 * reach + 1))
 
 
 def zoom(x: Float[Tensor, "n c h w"], factor: float) -> Float[Tensor, "n c h w"]:

@@ -88,7 +88,7 @@ def jpeg_compression(
 ) -> Float[Tensor, "n c h w"]:
     """Written as JPEG by Pillow and read back, image by image; values are rounded to 256 levels."""
     quality, _ = pick(x, severity, (80, 65, 58, 50, 40), (65, 58, 50, 40, 25), (25, 18, 15, 10, 7))
-    levels = (x * 255).round().byte().movedim(1, -1).cpu().numpy()
+    levels = (x * 255).round().byte().movedim(1, -1).contiguous().cpu().numpy()
     out = np.empty_like(levels)
     for image, place in zip(levels, out):
         file = BytesIO()

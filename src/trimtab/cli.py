@@ -71,6 +71,70 @@ def _options(
         typer.echo(context.get_help())
 
 
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and its numbers.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an unfinished run left in the folder.")]
+AuditWorkers = Annotated[int, typer.Option("--workers", min=1, help="Processes for the runs over shifted streams.")]
+Resamples = Annotated[int, typer.Option("--resamples", min=20, help="Bootstrap resamples behind every interval.")]
+Folds = Annotated[int, typer.Option("--folds", min=2, help="Folds of the cross-validation that ranks calibrators.")]
+
+
+@app.command()
+def audit(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Table of scores (Parquet, Feather, CSV, NPZ), or FILE.py:FUNCTION.")
+    ],
+    out: Out = Path("out"),
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="For a table: another table to fit the corrections on.")
+    ] = None,
+    seed: Seed = 0,
+    workers: AuditWorkers = 1,
+    resamples: Resamples = 200,
+    folds: Folds = 5,
+    fresh: Fresh = False,
+    quiet: Quiet = False,
+    form: Form = Format.text,
+) -> None:
+    """Measure a model or a table of scores, correct it, and report; a run that was killed goes on where it stopped."""
+    from trimtab import audit as job
+    from trimtab.core import progress
+
+    options = {"seed": seed, "workers": workers, "resamples": resamples, "folds": folds, "fresh": fresh}
+    with progress.display(not quiet):
+        result = job.audit(source, out, calibration=calibration, **options)
+    _print_audit(result, out, quiet, form)
+
+
+@app.command()
+def demo(
+    out: Out = Path("out/demo"),
+    seed: Seed = 0,
+    workers: AuditWorkers = 1,
+    resamples: Resamples = 200,
+    folds: Folds = 5,
+    fresh: Fresh = False,
+    quiet: Quiet = False,
+    form: Form = Format.text,
+) -> None:
+    """Train a small network on handwritten digits and audit it: the whole job on data that comes with the package."""
+    from trimtab import audit as job
+    from trimtab.core import progress
+
+    options = {"seed": seed, "workers": workers, "resamples": resamples, "folds": folds, "fresh": fresh}
+    with progress.display(not quiet):
+        result = job.demo(out, **options)
+    _print_audit(result, out, quiet, form)
+
+
+def _print_audit(result: Any, out: Path, quiet: bool, form: Format) -> None:
+    if form is Format.json:
+        typer.echo((out / "audit.json").read_text(encoding="utf-8"), nl=False)
+    elif not quiet:
+        from trimtab.audit.brief import brief
+
+        _print(brief(result, out))
+
+
 @app.command("list")
 def list_(form: Form = Format.text) -> None:
     """List the methods."""

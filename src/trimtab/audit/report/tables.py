@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from trimtab.audit.report.words import (
@@ -26,6 +27,7 @@ from trimtab.audit.report.words import (
 from trimtab.audit.result import AuditResult, Curve, Triple
 
 LIMIT = 50  # rows shown at first; a button shows the rest
+_ALIKE = 6  # steps of one kind that are listed singly
 
 
 class Cell(NamedTuple):
@@ -255,8 +257,13 @@ def _place(name: str) -> tuple[int, int, str]:
 
 
 def steps(result: AuditResult) -> Table:
-    """What was run, in order."""
-    rows = [(Cell(spaced(name)), _seconds(spent)) for name, spent in result.steps]
+    """What was run, in order; a long run of steps of one kind, such as the shifts, is one row."""
+    rows = []
+    for kind, group in groupby(result.steps, key=lambda step: step[0].split()[0]):
+        some = list(group)
+        if len(some) > _ALIKE:
+            some = [(f"{kind}, {count(len(some))} steps", math.fsum(spent for _, spent in some))]
+        rows += [(Cell(spaced(name)), _seconds(spent)) for name, spent in some]
     return Table("steps", "Steps in the order they ran", (("Step", False), ("Time", True)), rows, limit=0)
 
 

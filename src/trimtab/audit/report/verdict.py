@@ -131,7 +131,8 @@ def _accuracy_clause(result: AuditResult) -> str:
     before, after = result.before["accuracy"], result.after["accuracy"]
     change = compare(before, after, 1, result.change.get("accuracy"))
     if change in ("better", "worse"):
-        return f"while accuracy goes from {percent(before[0])} to {percent(after[0])}"
+        moves = "and raises" if change == "better" else "but lowers"
+        return f"{moves} accuracy from {percent(before[0])} to {percent(after[0])}"
     return "without changing accuracy" if change == "same" else "without a clear change of accuracy"
 
 

@@ -1,0 +1,30 @@
+"""An audit's findings in a terminal: the verdict, the headline numbers, and where the rest lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from trimtab.audit.report.verdict import verdict
+from trimtab.audit.report.words import HEADLINE, interval, number
+from trimtab.audit.result import AuditResult
+
+
+def brief(result: AuditResult, out: Path) -> RenderableType:
+    """What `trimtab audit` prints."""
+    judgement = verdict(result)
+    table = Table(pad_edge=False)
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    for measure in HEADLINE:
+        both = (result.before[measure.key], result.after[measure.key])
+        table.add_row(measure.label, *(f"{number(t[0], measure.share)}  ({interval(t, measure.share)})" for t in both))
+    return Group(
+        Text(" ".join(judgement.headline), style="bold"),
+        Text(" ".join(judgement.sentences)),
+        table,
+        Text(f"{result.n:,} rows measured. Report: {out / 'report.html'}"),
+    )

@@ -50,9 +50,7 @@ def main() -> None:
             print(f"{name}: not measured ({error})")
     few = [(image * 255).byte().permute(1, 2, 0).numpy() for image in images[:4]]
 
-    print(
-        f"{args.images} images of {args.size} x {args.size}, severity {args.severity}, one thread; images a second of CPU"
-    )
+    print(f"{args.images} images of {args.size} x {args.size}, severity {args.severity}; images a second of one core")
     print(f"{'':20s}{'trimtab':>12s}" + "".join(f"{name:>24s}{'ratio':>8s}" for name in peers))
     for name in CORRUPTIONS:
         own = rate(lambda name=name: corrupt(images, name, args.severity, generator), args.images, args.seconds)

@@ -74,6 +74,20 @@ def test_glass_shuffle_leaves_a_small_image_alone():
     assert torch.equal(still[0], torch.arange(64))
 
 
+def test_glass_blur_from_the_same_draws():
+    """Severity 5 at 64 pixels: two rounds with a reach of 2 pixels, between two blurs of 0.9."""
+    pixels = image(64, 64, n=2)
+    generator = seeded(3)
+    expected = ndimage.gaussian_filter(pixels.numpy(), (0, 0, 0.9, 0.9), mode="nearest")
+    for _ in range(2):
+        draws = torch.rand(2, 2, 64, 64, generator=generator, dtype=torch.float64).numpy()
+        offsets = np.floor(draws * 4 - 2).astype(int)
+        for i in range(2):
+            expected[i] = expected[i].reshape(3, -1)[:, walk(offsets[:, i], 2)].reshape(3, 64, 64)
+    expected = ndimage.gaussian_filter(expected, (0, 0, 0.9, 0.9), mode="nearest")
+    assert np.abs(corrupt(pixels, "glass_blur", 5, seeded(3)).numpy() - expected).max() < 1e-9
+
+
 def test_glass_blur_moves_pixels_no_farther_than_its_reach_allows():
     """Severity 4 at 32 pixels: two rounds of at most one pixel up or left, between blurs of one pixel each."""
     pixels = torch.zeros(1, 1, 32, 32)
@@ -98,6 +112,14 @@ def test_drag_is_imagemagicks_motion_blur(degrees, radius, sigma):
         expected += weight * padded[:, taps + down : taps + down + 20, taps + right : taps + right + 24]
     out = base.drag(pixels, radius, sigma, torch.tensor([degrees], dtype=torch.float64))[0].numpy()
     assert np.abs(out - expected).max() < 2e-6
+
+
+def test_motion_blur_from_the_same_draws():
+    """Severity 5 at 64 pixels: 25 taps of half a Gaussian of standard deviation 3."""
+    pixels = image(64, 64, n=3)
+    degrees = torch.rand(3, generator=seeded(3), dtype=torch.float64) * 90 - 45
+    expected = base.drag(pixels, 12, 3.0, degrees)
+    assert torch.allclose(corrupt(pixels, "motion_blur", 5, seeded(3)), expected.clamp(0, 1), atol=1e-12)
 
 
 def test_motion_blur_draws_directions_within_45_degrees_of_the_horizontal():

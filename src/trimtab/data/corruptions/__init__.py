@@ -61,8 +61,8 @@ def corrupt(
         name: one of `CORRUPTIONS`.
         severity: 1 (slight) to 5 (strong), ordered by how hard recognition becomes. Distance need not grow with it:
             elastic_transform moves pixels less far at 5 than at 1, but more abruptly.
-        generator: where random draws come from; on the CPU, or on the images' device. A CPU generator gives the same
-            corruption on every device.
+        generator: where random draws come from; on the CPU, or on the images' device. A CPU generator makes
+            the same draws for every device.
 
     Returns:
         Images of the same shape, precision and device, values in 0..1. Half precision is computed in single.

@@ -67,7 +67,8 @@ class Table:
             raise InputError(f"{path}: the file is empty")
         try:
             if path.suffix == ".parquet":
-                return cls(path, pq.ParquetFile(path, memory_map=True))
+                # through a small buffer: mapped pages and whole row groups would count as memory held
+                return cls(path, pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20))
             if path.suffix == ".feather":
                 return cls(path, pyarrow.feather.read_table(path, memory_map=True))
             if path.suffix == ".csv":

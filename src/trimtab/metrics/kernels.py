@@ -47,16 +47,15 @@ def density_error(ranked: Ranked) -> Float[Tensor, " r"]:
     the triweight kernel by Fourier transform. The grid has 2^13 cells in 0..1; the outer halves, reflected at 0 and 1,
     make it 2^14 in -0.5..1.5.
     """
-    values, hits, weights = ranked
-    p = values.double().clamp_(max=1)
+    p, hits = ranked.values.clamp(max=1), ranked.hits
     at = p[0] * _CELLS
     above = at - at.floor()
-    starts = torch.arange(_CELLS + 2, dtype=torch.float64, device=p.device) / _CELLS
+    starts = torch.arange(_CELLS + 2).to(p) / _CELLS
     starts[-1] = 2
     places = torch.searchsorted(p[0], starts)
-    everything = torch.ones_like(p) if weights is None else weights.double()
+    everything = torch.ones_like(p) if ranked.weights is None else ranked.weights.double()
     grids = [_linear_binning(w, above, places) for w in (everything, everything * hits)]
-    width = _kernel_width(p, everything * hits)
+    width = _kernel_width(p.double(), (everything * hits).double())
     parts = zip(*(torch.split(x, _RESAMPLES) for x in (*grids, width)))
     return torch.cat([_integrate(*part) for part in parts])
 

@@ -218,6 +218,13 @@ def test_a_harmful_correction_is_not_recommended(results):
     assert "do not deploy" in swapped.sentences[0]
 
 
+@pytest.mark.parametrize(("step", "words"), [(0.1, "and raises accuracy from"), (-0.1, "but lowers accuracy from")])
+def test_a_change_of_accuracy_is_told(results, step, words):
+    result = results("model")
+    moved = tuple(x + step for x in result.after["accuracy"])
+    assert words in verdict(replace(result, after=result.after | {"accuracy": moved})).sentences[0]
+
+
 def test_without_any_correction_the_verdict_says_so(results):
     result = results("table")
     failed = [replace(row, failed="out of memory", chosen=False) for row in result.ranking]
@@ -381,6 +388,19 @@ def test_a_thousand_classes_start_with_the_fifty_worst(results):
     errors = [float(row[5].sort) for row in tables.per_class(result).rows]
     assert len(errors) == 1000
     assert errors == sorted(errors, reverse=True)
+
+
+def test_the_rule_that_chose_is_the_rule_that_is_explained(results):
+    result = results("model")
+    best, pick = result.ranking[0], next(row for row in result.ranking if row.chosen)
+    tied = [row for row in result.ranking if row.log_loss - best.log_loss <= row.difference_error]
+    assert pick in tied
+    trace = json.loads(Page(render(result)).islands["figures"])["ranking"]["data"]
+    whisker = {x: error for mark in trace for x, error in zip(mark["x"], mark["error_x"]["array"])}
+    assert whisker == {row.log_loss: row.difference_error for row in result.ranking}
+    cells = {row[0].text: row[1].note for row in tables.ranking(result).rows}
+    assert cells[best.name] == "the best"
+    assert cells["Uncalibrated"].startswith("+")
 
 
 def test_before_and_after_are_one_picture_when_nothing_was_corrected(results):

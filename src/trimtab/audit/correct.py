@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trimtab.audit.result import Ranked, Triple
 from trimtab.audit.setup import Setup
 from trimtab.audit.workspace import Workspace
@@ -76,7 +78,7 @@ def rank_and_choose(
     def rank() -> list[dict[str, Any]]:
         scores = select.rank(calibration, able, folds=settings.folds, seed=settings.seed)
         chosen = select.one_standard_error(scores, able)
-        return [_row(score, score is chosen) for score in scores]
+        return [_row(score, scores[0], score is chosen) for score in scores]
 
     rows = work.number("rank calibrators", rank)
     kinds = {kind.__name__: kind for kind in able}
@@ -96,8 +98,12 @@ def rank_and_choose(
     return Corrected(fitted, ranking, change, notes)
 
 
-def _row(score: select.Score, chosen: bool) -> dict[str, Any]:
+def _row(score: select.Score, best: select.Score, chosen: bool) -> dict[str, Any]:
     """What the ranking says of one calibrator, as plain data."""
+    error = float("nan")
+    if score.failed is None:
+        behind = np.subtract(score.fold_losses, best.fold_losses)
+        error = float(behind.std(ddof=1) / len(behind) ** 0.5)
     return {
         "name": _spaced(score.calibrator.__name__),
         "symbol": score.calibrator.__name__,
@@ -106,6 +112,7 @@ def _row(score: select.Score, chosen: bool) -> dict[str, Any]:
         "seconds": score.seconds,
         "chosen": chosen,
         "failed": score.failed,
+        "difference_error": error,
     }
 
 

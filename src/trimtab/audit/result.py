@@ -27,7 +27,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One calibrator in the ranking: `log_loss` and `standard_error` cross-validated, the rest of the test set."""
+    """One calibrator in the ranking: `log_loss` and `standard_error` cross-validated, the rest of the test set.
+
+    `difference_error` is the standard error, over the folds, of the difference of its log loss to that of the best;
+    the one-standard-error rule goes by it.
+    """
 
     name: str
     symbol: str
@@ -39,6 +43,7 @@ class Ranked:
     seconds: float
     chosen: bool = False
     failed: str | None = None
+    difference_error: float = math.nan
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from trimtab.audit.report.heat import MEAN, Heat
 from trimtab.audit.report.tables import bins, risk_at
 from trimtab.audit.report.verdict import UNSHIFTED, chosen, scored, uncorrected
-from trimtab.audit.report.words import coverage, decimal, mid_sentence, percent, plural
+from trimtab.audit.report.words import coverage, mid_sentence, percent, plural
 from trimtab.audit.result import AuditResult
 
 
@@ -39,15 +39,15 @@ def rule(result: AuditResult) -> str:
     if not rows:
         return "No calibrator could be fitted; the reasons are in the table."
     best, pick = rows[0], chosen(result)
-    limit = decimal(best.log_loss + best.standard_error)
     text = (
         f"Each calibrator was fitted and scored on separate parts of the fitting rows. {best.name} has the lowest log "
-        f"loss, but whatever lies within one standard error of it, up to {limit}, is as good as the data can tell. "
+        "loss; whatever lies no further behind it than one standard error of the difference is as good as the data "
+        "can tell. "
     )
     if pick is None:
         return text + "None was chosen."
     if pick.name == best.name:
-        return text + f"Nothing simpler lies there, so {mid_sentence(pick.name)} itself was chosen (diamond)."
+        return text + f"Nothing simpler is, so {mid_sentence(pick.name)} itself was chosen (diamond)."
     return text + f"The simplest of those was chosen: {mid_sentence(pick.name)} (diamond)."
 
 

@@ -9,7 +9,7 @@ import html
 import math
 from typing import Any
 
-from trimtab.audit.report.tables import bins, span
+from trimtab.audit.report.tables import behind, bins, span
 from trimtab.audit.report.verdict import scored, uncorrected
 from trimtab.audit.report.words import count, coverage, decimal, percent, plural, seconds
 from trimtab.audit.result import AuditResult, Curve, Ranked
@@ -110,13 +110,12 @@ def _bin_text(row: tuple[Any, ...], level: float) -> str:
 
 
 def ranking(result: AuditResult) -> Figure:
-    """Cross-validated log loss of every calibrator with its standard error, best on top."""
+    """Cross-validated log loss of every calibrator, best on top; the whiskers that reach its line are ties."""
     rows = [row for row in result.ranking if scored(row)]
     best = rows[0]
-    limit = best.log_loss + best.standard_error
-    marks = [_marks([row for row in rows if row.chosen], chosen=True), _marks([r for r in rows if not r.chosen])]
+    marks = [_marks([row for row in rows if row.chosen == chosen], best, chosen=chosen) for chosen in (False, True)]
     spread = max(row.log_loss for row in rows) > 3 * best.log_loss > 0
-    band: Figure = {"type": "rect", "yref": "paper", "y0": 0, "y1": 1, "x0": best.log_loss, "x1": limit}
+    line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": best.log_loss, "x1": best.log_loss}
     layout = {
         "xaxis": {**_axis("log loss, lower is better"), "type": "log" if spread else "linear"},
         "yaxis": {
@@ -128,18 +127,19 @@ def ranking(result: AuditResult) -> Figure:
             "gridcolor": "var(--line)",
             "fixedrange": True,
         },
-        "shapes": [{**band, "fillcolor": "var(--band)", "line": {"width": 0}, "layer": "below"}],
+        "shapes": [{**line, "line": {"color": "var(--muted)", "width": 1.5, "dash": "dot"}, "layer": "below"}],
         "margin": {"l": 10, "r": 22, "t": 8, "b": 48},
     }
     return _figure([mark for mark in marks if mark["x"]], layout)
 
 
-def _marks(rows: list[Ranked], *, chosen: bool = False) -> Figure:
+def _marks(rows: list[Ranked], best: Ranked, *, chosen: bool) -> Figure:
     colour = "var(--accent)" if chosen else "var(--before)"
     texts = []
     for row in rows:
-        text = f"<b>{html.escape(row.name)}</b>{', chosen' if chosen else ''}<br>log loss {decimal(row.log_loss)} "
-        texts.append(f"{text}\u00b1 {decimal(row.standard_error)} (standard error)<br>fitted in {seconds(row.seconds)}")
+        text = f"<b>{html.escape(row.name)}</b>{', chosen' if chosen else ''}<br>log loss {decimal(row.log_loss)}"
+        gap = f"{behind(row, best)} to the best" if row is not best else "the lowest"
+        texts.append(f"{text}, {gap}<br>fitted in {seconds(row.seconds)}")
     return {
         "type": "scatter",
         "mode": "markers",
@@ -147,7 +147,7 @@ def _marks(rows: list[Ranked], *, chosen: bool = False) -> Figure:
         "y": [_label(row) for row in rows],
         "error_x": {
             "type": "data",
-            "array": [row.standard_error if math.isfinite(row.standard_error) else 0.0 for row in rows],
+            "array": [row.difference_error if math.isfinite(row.difference_error) else 0.0 for row in rows],
             "color": colour,
             "thickness": 1.5,
             "width": 4,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from trimtab.audit.report.words import (
@@ -24,10 +23,9 @@ from trimtab.audit.report.words import (
     seconds,
     spaced,
 )
-from trimtab.audit.result import AuditResult, Curve, Triple
+from trimtab.audit.result import AuditResult, Curve, Ranked, Triple
 
 LIMIT = 50  # rows shown at first; a button shows the rest
-_ALIKE = 6  # steps of one kind that are listed singly
 
 
 class Cell(NamedTuple):
@@ -117,7 +115,7 @@ def ranking(result: AuditResult) -> Table:
             empty = Cell(MISSING)
             rows.append((Cell(row.name, f"failed: {row.failed}", row.name), *(empty,) * 4, _seconds(row.seconds)))
             continue
-        loss = Cell(decimal(row.log_loss), f"\u00b1 {decimal(row.standard_error)}", _sort(row.log_loss))
+        loss = Cell(decimal(row.log_loss), behind(row, result.ranking[0]) or "the best", _sort(row.log_loss))
         rows.append(
             (
                 Cell(row.name, sort=row.name, badge="chosen" if row.chosen else ""),
@@ -131,6 +129,14 @@ def ranking(result: AuditResult) -> Table:
     labels = ("Cross-validated log loss", "Test log loss", "Test ECE", "Test accuracy", "Time")
     columns = (("Calibrator", False), *((label, True) for label in labels))
     return Table("calibrators", "Calibrators, ranked by cross-validated log loss", columns, rows)
+
+
+def behind(row: Ranked, best: Ranked) -> str:
+    """How far a calibrator is behind the best, with the standard error of that; empty for the best itself."""
+    if row.name == best.name:
+        return ""
+    error = f" \u00b1 {decimal(row.difference_error)}" if math.isfinite(row.difference_error) else ""
+    return f"{decimal(row.log_loss - best.log_loss, signed=True)}{error}"
 
 
 def risk_coverage(result: AuditResult) -> Table:
@@ -257,13 +263,8 @@ def _place(name: str) -> tuple[int, int, str]:
 
 
 def steps(result: AuditResult) -> Table:
-    """What was run, in order; a long run of steps of one kind, such as the shifts, is one row."""
-    rows = []
-    for kind, group in groupby(result.steps, key=lambda step: step[0].split()[0]):
-        some = list(group)
-        if len(some) > _ALIKE:
-            some = [(f"{kind}, {count(len(some))} steps", math.fsum(spent for _, spent in some))]
-        rows += [(Cell(spaced(name)), _seconds(spent)) for name, spent in some]
+    """What was run, in order."""
+    rows = [(Cell(spaced(name)), _seconds(spent)) for name, spent in result.steps]
     return Table("steps", "Steps in the order they ran", (("Step", False), ("Time", True)), rows, limit=0)
 
 

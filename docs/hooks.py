@@ -92,10 +92,10 @@ def verdict(result):
         f'!!! {ADMONITION[result["verdict"]]} "{result["verdict"]}, {seeds} seeds"',
         f"    {result['statement']}",
         "",
-        "| expected | measured | verdict |",
+        "| verdict | measured | expected |",
         "|---|---|---|",
     ]
-    lines += [f"| {code(e['text'])} | {effect(e)} | {e['verdict']} |" for e in result["expectations"]]
+    lines += [f"| {e['verdict']} | {unbroken(effect(e))} | {code(e['text'])} |" for e in result["expectations"]]
     seconds = sum(result["cpu_seconds"].values())
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines += ["", f"The mean over seeds with its 95 % bootstrap interval; {seconds:.0f} s of CPU; {versions}."]
@@ -104,6 +104,11 @@ def verdict(result):
     if result["notes"]:
         lines += ["", *(f"- {note}" for note in result["notes"])]
     return "\n".join(lines)
+
+
+def unbroken(text):
+    """Text that stays on one line."""
+    return text.replace(" ", "&nbsp;")
 
 
 def code(text):

@@ -14,8 +14,15 @@ from trimtab.claims.base import worst
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-SAME = doctest.OutputChecker()
-LOOSE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+DECIMAL = re.compile(r"-?\d+\.\d+")
+CLOSE = 0.03  # other versions and machines train slightly other networks
+
+
+def same(written, printed):
+    """The same words and whole numbers, and decimals close to each other."""
+    numbers = [np.array(DECIMAL.findall(text), dtype=float) for text in (written, printed)]
+    words = [DECIMAL.sub("0.0", text).split() for text in (written, printed)]
+    return words[0] == words[1] and np.allclose(*numbers, rtol=0, atol=CLOSE)
 
 
 def pages():
@@ -44,7 +51,7 @@ def execute(path, capsys, after=lambda namespace: None):
             after(namespace)
             printed = capsys.readouterr().out
         elif kind == "text" and printed:
-            assert SAME.check_output(code, printed, LOOSE), f"printed:\n{printed}\nwritten:\n{code}"
+            assert same(code, printed), f"printed:\n{printed}\nwritten:\n{code}"
             printed = ""
     return namespace
 
@@ -64,7 +71,7 @@ def test_the_worked_example_of_contributing_keeps_its_promises(tmp_path, monkeyp
 
     example = execute(ROOT / "CONTRIBUTING.md", capsys, export)
     calibrator = example["BiasCorrectedTemperature"]
-    runner = doctest.DocTestRunner(optionflags=LOOSE)
+    runner = doctest.DocTestRunner()
     for test in doctest.DocTestFinder().find(calibrator, globs={}):
         runner.run(test)
     assert runner.summarize().failed == 0

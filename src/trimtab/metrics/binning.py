@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num, Shaped
 from torch import Tensor
 
 BINS = (5, 10, 15, 20, 25, 50, 100, 200, 500)
@@ -67,7 +67,7 @@ def _argsort(x: Tensor) -> Tensor:
     return torch.from_numpy(x.numpy().argsort()) if x.device.type == "cpu" else x.argsort()
 
 
-def prefix(x: Num[Tensor, "r n"]) -> Float[Tensor, "r m"]:
+def prefix(x: Shaped[Tensor, "r n"]) -> Float[Tensor, "r m"]:
     """Prefix sums along the last axis in float64, beginning with 0: m = n + 1."""
     sums = x.new_empty((x.shape[0], x.shape[1] + 1), dtype=torch.float64)
     sums[:, 0] = 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -50,10 +51,20 @@ def classwise_calibration_error_equal_mass(
     Reference:
         Nixon et al., arXiv 1904.01685.
     """
+    checks.integer(bins, "bins", low=1)
     p, y = checked(probs, labels)
-    metric = ClasswiseCalibrationErrorEqualMass(p.shape[1], bins, classes=classes, include_lowest=include_lowest)
-    metric.update(p, y)
-    return float(metric.compute())
+    kept = p.shape[1] if classes is None else checks.integer(classes, "classes", low=1, high=p.shape[1])
+    return float(_errors(p, y, bins, include_lowest)[:kept].mean())
+
+
+def _errors(p: Float[Tensor, "n c"], y: Int[Tensor, " n"], bins: int, include_lowest: bool) -> Float[Tensor, " c"]:
+    """The error of every class."""
+    errors = []
+    for first, group in columns(p):
+        ranked = rank(group, y == torch.arange(first, first + len(group), device=y.device)[:, None])
+        places = equal_mass(ranked, None, [bins], include_lowest=include_lowest)
+        errors.append(expected_errors(gap_sums(ranked), places, [bins])[:, 0])
+    return torch.cat(errors)
 
 
 class ClasswiseCalibrationErrorEqualMass(Metric):
@@ -106,10 +117,5 @@ class ClasswiseCalibrationErrorEqualMass(Metric):
 
     def compute(self) -> Tensor:
         """The error of all batches together."""
-        p, y = dim_zero_cat(self.probs), dim_zero_cat(self.labels)
-        errors = []
-        for first, group in columns(p):
-            ranked = rank(group, y == torch.arange(first, first + len(group), device=y.device)[:, None])
-            places = equal_mass(ranked, None, [self.bins], include_lowest=self.include_lowest)
-            errors.append(expected_errors(gap_sums(ranked), places, [self.bins])[:, 0])
-        return torch.cat(errors)[: self.classes].mean()
+        errors = _errors(dim_zero_cat(self.probs), dim_zero_cat(self.labels), self.bins, self.include_lowest)
+        return errors[: self.classes].mean()

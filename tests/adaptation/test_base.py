@@ -214,8 +214,8 @@ def test_no_tensor_stays_behind(build):
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
-    live(10)
-    assert live(10) == live(60)
+    live(5)
+    assert live(5) == live(25)
 
 
 @every

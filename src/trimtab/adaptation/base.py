@@ -118,8 +118,8 @@ class Adapter(nn.Module):
                 if known.get(name) is not parameter:
                     raise InputError(f"parameters_of must choose parameters of the model, {name!r} is none")
                 if not parameter.requires_grad:  # a shared parameter moves once
-                    self.moving[name] = parameter.requires_grad_(True)
-                    parameter.grad = None
+                    self.moving[name] = parameter
+                    parameter.requires_grad_(True).grad = None
             if not self.moving:
                 raise InputError("parameters_of must choose at least one parameter, it chose none")
             self.optimizer = (optimizer or ADAM)(list(self.moving.values()))

@@ -1,0 +1,1 @@
+"""Claims about adapters, on a synthetic world that runs in seconds."""

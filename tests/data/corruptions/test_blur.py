@@ -21,7 +21,7 @@ def seeded(seed=0):
 
 @pytest.mark.parametrize(
     ("size", "severity", "radius", "alias"),
-    [(32, 1, 0.3, 0.4), (32, 5, 1.5, 0.1), (64, 4, 2.5, 0.01), (224, 5, 10, 0.5)],
+    [(32, 1, 0.3, 0.4), (32, 5, 1.5, 0.1), (64, 4, 2.5, 0.01), (224, 4, 8, 0.5), (224, 5, 10, 0.5)],
 )
 def test_defocus_blur(size, severity, radius, alias):
     reach = max(8, int(radius))

@@ -60,7 +60,7 @@ CLAIM = Claim(
         ),
     ),
     seeds=tuple(range(100, 110)),
-    budget=120,
+    budget=60,
     reported={
         "setting": "ImageNet-C, severity 5, ResNet-50",
         "mean error (%) over 15 corruptions": {"tent": 57.4, "eta": 51.9, "eata": 52.2, "eata lifelong": 52.1},

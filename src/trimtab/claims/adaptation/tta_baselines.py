@@ -87,7 +87,7 @@ CLAIM = Claim(
         Expectation("accuracy(cotta, fourth domain)", minus="accuracy(tent, fourth domain)", at_least=0.0),
     ),
     seeds=tuple(range(100, 110)),
-    budget=120,
+    budget=60,
     reported={
         "setting": "mean error (%) over 15 corruptions at severity 5, continual, never reset",
         "CIFAR-10-C, WRN-28": {"source": 43.5, "norm": 20.4, "tent": 20.0, "cotta": 16.5, "rotta": 19.3, "lame": 64.3},

@@ -1,5 +1,7 @@
 """The measures as their definitions say, slowly, in numpy: what the package's arithmetic is compared with."""
 
+import itertools
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
@@ -36,7 +38,7 @@ def top(probs, labels):
 def gaps(values, hits, edges):
     """(share of the samples, |mean hit - mean value|) of every bin (lower, upper] that holds a sample."""
     out = []
-    for lower, upper in zip(edges[:-1], edges[1:]):
+    for lower, upper in itertools.pairwise(edges):
         held = (values > lower) & (values <= upper)
         if held.any():
             out.append((held.mean(), abs(hits[held].mean() - values[held].mean())))

@@ -1,5 +1,7 @@
 """Brier score: conventions, and a decomposition that adds up."""
 
+import itertools
+
 import definitions
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ def test_the_parts_add_up_and_follow_their_definitions(given, bins):
     for k in range(p.shape[1]):
         v, h = p[:, k].numpy(), (y == k).numpy().astype(float)
         uncertainty += h.mean() * (1 - h.mean())
-        for lower, upper in zip(edges[:-1], edges[1:]):
+        for lower, upper in itertools.pairwise(edges):
             held = (v > lower) & (v <= upper)
             if held.any():
                 dv, dh = v[held] - v[held].mean(), h[held] - h[held].mean()

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -31,18 +32,21 @@ from trimtab.core.temperature import BOUNDS, fit_temperature
 from trimtab.metrics import ranking, resampling
 from trimtab.metrics.binning import BINS
 from trimtab.metrics.measures import Named, measure_logits, study_columns
-from trimtab.metrics.roc import Scores
 from trimtab.metrics.rows import Labels, Matrix, rows_of
+
+FitMatrix = Float[Tensor, "m c"] | Float[np.ndarray, "m c"]
+FitLabels = Int[Tensor, " m"] | Int[np.ndarray, " m"]
+Unknown = Float[Tensor, " _"] | Float[np.ndarray, " _"]
 
 
 def calibration_suite(
     logits: Matrix,
     labels: Labels,
-    fit_logits: Matrix | None = None,
-    fit_labels: Labels | None = None,
+    fit_logits: FitMatrix | None = None,
+    fit_labels: FitLabels | None = None,
     *,
     temperature: float | None = None,
-    ood_scores: Mapping[str, Scores] | None = None,
+    ood_scores: Mapping[str, Unknown] | None = None,
     classes: int | None = None,
 ) -> dict[str, float]:
     """The study's columns: ``pre_ECE_5`` .. ``pre_Brier``, ``post_ECE_5`` .. ``post_Brier``, ``auc_<name>``.
@@ -87,11 +91,11 @@ def calibration_suite(
 def calibration_intervals(
     logits: Matrix,
     labels: Labels,
-    fit_logits: Matrix | None = None,
-    fit_labels: Labels | None = None,
+    fit_logits: FitMatrix | None = None,
+    fit_labels: FitLabels | None = None,
     *,
     temperature: float | None = None,
-    ood_scores: Mapping[str, Scores] | None = None,
+    ood_scores: Mapping[str, Unknown] | None = None,
     classes: int | None = None,
     resamples: int = 200,
     level: float = 0.95,

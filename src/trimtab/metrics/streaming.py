@@ -104,11 +104,13 @@ def table_suite(
         Politis, Romano, Wolf 1999, "Subsampling".
     """
     checks.integer(resamples, "resamples", low=1)
-    sample, sample_labels = sample_rows(table, seed)
+    if temperature is not None:
+        checks.number(temperature, "temperature", low=BOUNDS[0], high=BOUNDS[1])
+    sample, sample_labels = sample_rows(table, seed, SAMPLE_ROWS)
     n_fit = len(sample) if temperature is None else 0
     if temperature is None:
         temperature = fit_temperature(sample, sample_labels)
-    temperatures = (1.0, checks.number(temperature, "temperature", low=BOUNDS[0], high=BOUNDS[1]))
+    temperatures = (1.0, float(temperature))
     labels = _labels(table)
     rows, means = _read_rows(table, labels, temperatures)
     measured = measure(rows, means, partial(_columns, table, sample.dtype), labels, temperatures, BINS)
@@ -142,11 +144,13 @@ def table_suite(
 def table_summary(table: Table, *, resamples: int = 200, level: float = 0.95, seed: int = 0) -> Summary:
     """`summarise` for a table larger than memory; the arguments are those of `table_suite`."""
     checks.integer(resamples, "resamples", low=1)
-    sample, sample_labels = sample_rows(table, seed)
+    sample, sample_labels = sample_rows(table, seed, SAMPLE_ROWS)
     labels, bins = _labels(table), (HEADLINE_BINS,)
     rows, means = _read_rows(table, labels, (1.0,))
     (measured,) = measure(rows, means, partial(_columns, table, sample.dtype), labels, (1.0,), bins, kernel=False)
-    (replicates,), scale, sentence = _replicates(sample, sample_labels, (1.0,), bins, table.n, resamples, seed)
+    (replicates,), scale, sentence = _replicates(
+        sample, sample_labels, (1.0,), bins, table.n, resamples, seed, kernel=False
+    )
     found = intervals(headline(measured.named), headline(replicates), level, scale)
     return assemble(measured, labels, rows[0].correct, found, sentence, level, bins)
 
@@ -221,18 +225,20 @@ def _replicates(
     n: int,
     resamples: int,
     seed: int,
+    *,
+    kernel: bool = True,
 ) -> tuple[list[Named], float, str]:
     """The measures of resamples or of subsets, what their deviations are scaled with, and how it was done, in words."""
     m, c = logits.shape
     if m == n and n * c <= _BOOTSTRAP_ELEMENTS:
         weights = resampling.weights(n, resamples, seed, logits.device)
-        measured = measure_logits(logits, labels, temperatures, bins, weights=weights)
+        measured = measure_logits(logits, labels, temperatures, bins, weights=weights, kernel=kernel)
         return [each.named for each in measured], 1.0, resampling.bootstrap_sentence(resamples)
     subsets = min(resamples, max(2, m // _SUBSET_ROWS))
     size = m // subsets
     order = torch.from_numpy(np.random.default_rng(seed).permutation(m)[: subsets * size])
     found = [
-        measure_logits(logits[rows], labels[rows], temperatures, bins)
+        measure_logits(logits[rows], labels[rows], temperatures, bins, kernel=kernel)
         for rows in track(torch.split(order, size), "measure subsets")
     ]
     named = [

@@ -1,0 +1,57 @@
+"""What the maps that are linear before the softmax share: a centre to shrink to, and one pass over the log loss."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trimtab.core import checks
+from trimtab.core.temperature import fit_temperature
+
+_BLOCK_ELEMENTS = 1 << 17
+
+
+def temperature_factor(logits: Float[Tensor, "n c"], labels: Int[Tensor, n], weights: Float[Tensor, n] | None) -> float:
+    """1 / T of temperature scaling: where the fit starts and its prior is centred. T at a bound serves as well."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return 1 / fit_temperature(logits, labels, weights)
+
+
+def prior_sd(value: float, name: str) -> float:
+    """A standard deviation > 0; infinity, which is no prior at all, is welcome."""
+    return math.inf if value == math.inf else checks.number(value, name, low=0, low_open=True)
+
+
+def total_weight(labels: Int[Tensor, n], weights: Float[Tensor, n] | None) -> float:
+    """The number of samples, or what their weights add up to."""
+    return float(len(labels) if weights is None else weights.sum(dtype=torch.float64))
+
+
+def blocks(
+    scores: Float[Tensor, "n c"], labels: Int[Tensor, n], weights: Float[Tensor, n] | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Consecutive rows: float64 scores (r, c), labels (r,), and shares (r,) of the mean, which add up to one in all."""
+    n, c = scores.shape
+    rows = max(1, _BLOCK_ELEMENTS // c)
+    w = torch.ones(n, dtype=torch.float64, device=scores.device) if weights is None else weights.double()
+    w = w / w.sum()
+    for start in range(0, n, rows):
+        block = slice(start, start + rows)
+        yield scores[block].double(), labels[block], w[block]
+
+
+def log_loss(
+    logits: Float[Tensor, "r c"], labels: Int[Tensor, r], shares: Float[Tensor, r]
+) -> tuple[Tensor, Float[Tensor, "r c"], Float[Tensor, "r c"]]:
+    """A block's part of the mean log loss, its gradient in the logits, and the probabilities."""
+    log_probs = logits.log_softmax(1)
+    at_label = labels[:, None]
+    p = log_probs.exp()
+    gradient = (p * shares[:, None]).scatter_add_(1, at_label, -shares[:, None])
+    return -(log_probs.gather(1, at_label)[:, 0] @ shares), gradient, p

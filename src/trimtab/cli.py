@@ -1,7 +1,7 @@
 """The command line. Everything heavy is imported inside the command that needs it, so that ``--help`` is instant.
 
 Every command follows the same rules: results on standard output, progress and errors on standard error;
-``--format json`` for machines; exit code 0 when done, 2 for input that the user can mend, 130 when interrupted, and 1
+``--format json`` for machines; exit code 0 when done, 2 for input that the user can mend and for an interrupt, and 1
 for a fault (or for a check that says no).
 """
 
@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         _leave(f"{type(error).__name__}: {error} (--debug shows where)", 1)
     if code == 130:
-        _leave("interrupted", 130)
+        _leave("interrupted", 2)
     sys.exit(code or 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.audit.result import Ranked, Triple
+from trimtab.audit.result import Ranked, Triple, rebuild
 from trimtab.audit.setup import Setup
 from trimtab.audit.workspace import Workspace
 from trimtab.calibration import CALIBRATORS, Calibrator, export, select
@@ -88,11 +89,11 @@ def rank_and_choose(
         return {symbol: _measure(kinds[symbol], calibration, test, settings) for symbol in ranked}
 
     measured = work.number("measure calibrators", measure_all)
-    ranking = [Ranked(**{**row, **measured[row["symbol"]]}) for row in rows]
+    ranking = [rebuild(Ranked, {**row, **measured[row["symbol"]]}) for row in rows]
     chosen = next(row for row in ranking if row.chosen)
     fitted = kinds[chosen.symbol]().fit_predictions(calibration)
     fitted.save(out / CALIBRATOR_FILE)
-    change = work.number("compare", lambda: settings.compare(test, fitted.transform(test)))
+    change = triples(work.number("compare", lambda: settings.compare(test, fitted.transform(test))))
     skipped = [kind.__name__ for kind in CALIBRATORS if kind not in able]
     notes = [f"Not tried, as the predictions do not hold what they need: {', '.join(skipped)}."] if skipped else []
     return Corrected(fitted, ranking, change, notes)
@@ -129,6 +130,11 @@ def _measure(kind: type[Calibrator], calibration: Predictions, test: Predictions
     except InputError as error:
         return {name: (float("nan"),) * 3 for name in names} | {"failed": str(error)}
     return {name: triple(headline[measure]) for name, measure in names.items()}
+
+
+def triples(plain: Mapping[str, Sequence[float]]) -> dict[str, Triple]:
+    """Named triples from their plain form."""
+    return {name: (value, low, high) for name, (value, low, high) in plain.items()}
 
 
 def triple(interval: Interval) -> Triple:

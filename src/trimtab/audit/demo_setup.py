@@ -66,7 +66,7 @@ def train(epochs: int = 300) -> None:
 
 def batches(images: Tensor, labels: Tensor) -> DataLoader[tuple[Tensor, ...]]:
     """Batches of 100 in a fixed order."""
-    return DataLoader(TensorDataset(images, labels), batch_size=100)
+    return DataLoader(TensorDataset(images, labels), batch_size=100, generator=torch.Generator())
 
 
 def setup() -> Setup:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trimtab.audit.correct import Corrected, Settings, check_pair, rank_and_choose, triple
+from trimtab.audit.correct import Corrected, Settings, check_pair, rank_and_choose, triple, triples
 from trimtab.audit.result import Triple
 from trimtab.audit.workspace import Workspace
 from trimtab.calibration import Calibrator
@@ -53,7 +53,7 @@ def audit_large(
         f"{test.n:,} other random rows.",
         *corrected.notes,
     ]
-    return calibration.n, _summary(measured["before"]), _summary(after), measured["measures"], corrected, notes
+    return calibration.n, _summary(measured["before"]), _summary(after), triples(measured["measures"]), corrected, notes
 
 
 def _samples(table: Table, other: Path | None, settings: Settings) -> tuple[Predictions, Predictions, str]:

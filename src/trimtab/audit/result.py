@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from trimtab.core import persist
 
 Triple = tuple[float, float, float]  # estimate, low, high
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,13 @@ class AuditResult:
         }
         data["steps"] = [tuple(step) for step in data["steps"]]
         for name, row_class in {"ranking": Ranked, "shifts": ShiftCell, "per_class": ClassRow}.items():
-            data[name] = [
-                row_class(**{key: value if key == "failed" else _numbers(value) for key, value in row.items()})
-                for row in data[name]
-            ]
+            data[name] = [rebuild(row_class, row) for row in data[name]]
         return cls(**data)
+
+
+def rebuild(kind: type[Row], row: dict[str, Any]) -> Row:
+    """One of the classes above from its plain form."""
+    return kind(**{key: value if key == "failed" else _numbers(value) for key, value in row.items()})
 
 
 def _numbers(value: Any) -> Any:

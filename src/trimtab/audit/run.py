@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from trimtab.audit import correct, report, shifts
 from trimtab.audit import setup as setups
-from trimtab.audit.correct import Settings, triple
+from trimtab.audit.correct import Settings, triple, triples
 from trimtab.audit.large import audit_large
-from trimtab.audit.result import AuditResult, ClassRow, Curve, ShiftCell, Triple
+from trimtab.audit.result import AuditResult, ClassRow, Curve, ShiftCell, Triple, rebuild
 from trimtab.audit.setup import Setup
 from trimtab.audit.workspace import Workspace, fingerprint
 from trimtab.calibration import load
@@ -165,7 +165,7 @@ def _measure_and_correct(
         )
         return {name: triple(interval) for name, interval in measures.items()}
 
-    measures = work.number("measure", suite)
+    measures = triples(work.number("measure", suite))
     corrected = correct.rank_and_choose(calibration, test, out, work, settings)
     before, after = settings.summarise(test), settings.summarise(corrected.calibrator.transform(test))
     return _result(title, kind, calibration.n, before, after, measures, corrected, settings)
@@ -183,7 +183,7 @@ def _result(
     n_fit: int,
     before: Summary,
     after: Summary,
-    measures: Mapping[str, Any],
+    measures: Mapping[str, Triple],
     corrected: correct.Corrected,
     settings: Settings,
 ) -> AuditResult:
@@ -200,7 +200,7 @@ def _result(
         level=settings.level,
         before={name: triple(interval) for name, interval in before.headline.items()},
         after={name: triple(interval) for name, interval in after.headline.items()},
-        measures={name: (value, low, high) for name, (value, low, high) in measures.items()},
+        measures=dict(measures),
         reliability={when: Curve(**curve) for when, curve in curves.items()},
         histogram={when: summary.histogram for when, summary in both.items()},
         risk_coverage={when: summary.risk_coverage for when, summary in both.items()},
@@ -227,7 +227,7 @@ def _follow_shifts(
     missing = [pair for pair in pairs if not work.has(_cell_name(*pair))]
     for cell in shifts.run_cells(setup, spec, missing, workers=workers, settings=settings):
         work.keep(_cell_name(cell.shift, cell.adapter), cell.__dict__, cell.seconds)
-    cells = [ShiftCell(**work.kept(_cell_name(*pair))) for pair in pairs]
+    cells = [rebuild(ShiftCell, work.kept(_cell_name(*pair))) for pair in pairs]
     work.seconds["adapt to shifts"] = sum(cell.seconds for cell in cells)
     return cells
 

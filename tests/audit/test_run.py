@@ -1,0 +1,334 @@
+"""The audit from its input to its files: what is left, what is the same, what survives a kill, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from trimtab.audit import Setup, audit
+from trimtab.audit import run as run_module
+from trimtab.audit.result import AuditResult
+from trimtab.calibration import load
+from trimtab.core.checks import InputError
+from trimtab.core.predictions import Predictions
+
+FAST = {"resamples": 20, "folds": 2}
+TABLE_FILES = {"audit.json", "calibrator.json", "calibrator.safetensors", "metrics.parquet", "report.html"}
+
+
+def overconfident(n: int = 600, c: int = 4, seed: int = 0) -> Predictions:
+    """Scores whose logits are twice what the truth is drawn from."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = 1.5 * torch.randn(n, c, generator=generator)
+    labels = truth.softmax(1).multinomial(1, generator=generator)[:, 0]
+    return Predictions(2 * truth, labels)
+
+
+def small_setup(model: nn.Module | None = None) -> Setup:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 5, generator=generator)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    parts = [
+        DataLoader(TensorDataset(x[a:b], y[a:b]), batch_size=50, generator=torch.Generator())
+        for a, b in ((0, 150), (150, 300))
+    ]
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    shifted = DataLoader(TensorDataset(x[150:] + 1, y[150:]), batch_size=50, generator=torch.Generator())
+    return Setup(model, calibration=parts[0], test=parts[1], shifts={"moved": shifted}, classes=["a", "b", "c"])
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "scores.parquet"
+    overconfident().write(path)
+    return path
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_table_leaves_its_files_and_a_calibrator_that_works(table, tmp_path):
+    out = tmp_path / "out"
+    result = audit(table, out, **FAST)
+    assert files(out) == TABLE_FILES
+    assert result.n == result.n_fit == 300
+    assert result.after["ece"][0] < result.before["ece"][0]
+    assert result.change["log_loss"][2] < 0
+    assert len(result.measures) == 100
+    assert sum(row.chosen for row in result.ranking) == 1
+    calibrator = load(out / "calibrator.safetensors")
+    predictions = overconfident(seed=1)
+    probs = calibrator.predict_proba(predictions.logits)
+    nll = -probs.gather(1, predictions.labels[:, None]).log().mean()
+    assert nll < nn.functional.cross_entropy(predictions.logits, predictions.labels)
+
+
+def test_what_is_written_is_what_is_returned(table, tmp_path):
+    out = tmp_path / "out"
+    result = audit(table, out, **FAST)
+    assert AuditResult.from_dict(json.loads((out / "audit.json").read_text())) == result
+    rows = pq.read_table(out / "metrics.parquet").to_pylist()
+    suite = {row["measure"]: row["estimate"] for row in rows if row["section"] == "suite"}
+    assert suite["pre_ECE_15"] == result.measures["pre_ECE_15"][0]
+    headline = {(row["section"], row["measure"]): row for row in rows if row["section"] in ("before", "after")}
+    assert headline["after", "log_loss"]["low"] == result.after["log_loss"][1]
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(table, tmp_path):
+    first, second = (audit(table, tmp_path / name, seed=3, **FAST) for name in ("a", "b"))
+    other = audit(table, tmp_path / "c", seed=4, **FAST)
+    assert first.before == second.before
+    assert first.measures == second.measures
+    assert first.before != other.before
+
+
+def test_a_calibration_table_is_fitted_on_and_the_whole_other_table_measured(table, tmp_path):
+    fit = tmp_path / "fit.csv"
+    overconfident(200, seed=5).write(fit)
+    result = audit(table, tmp_path / "out", calibration=fit, **FAST)
+    assert (result.n, result.n_fit) == (600, 200)
+    assert "fit.csv" in result.notes[0]
+
+
+def test_a_streamed_table_has_the_estimates_of_one_in_memory(table, tmp_path, monkeypatch):
+    fit = tmp_path / "fit.parquet"
+    overconfident(500, seed=5).write(fit)
+    whole = audit(table, tmp_path / "whole", calibration=fit, **FAST)
+    monkeypatch.setattr(run_module, "SCORES_IN_MEMORY", 100)
+    streamed = audit(table, tmp_path / "streamed", calibration=fit, **FAST)
+    assert files(tmp_path / "streamed") == TABLE_FILES
+    for state in ("before", "after"):
+        mine, theirs = getattr(streamed, state), getattr(whole, state)
+        assert {k: v[0] for k, v in mine.items()} == pytest.approx({k: v[0] for k, v in theirs.items()}, abs=1e-6)
+    assert streamed.per_class == whole.per_class or all(
+        a.ece_after == pytest.approx(b.ece_after, abs=1e-6) for a, b in zip(streamed.per_class, whole.per_class)
+    )
+    assert "streamed" in streamed.notes[0]
+
+
+def test_a_model_is_measured_corrected_exported_and_followed_under_shift(tmp_path):
+    out = tmp_path / "out"
+    setup = small_setup()
+    before = {name: value.clone() for name, value in setup.model.state_dict().items()}
+    result = audit(setup, out, **FAST)
+    assert files(out) >= TABLE_FILES
+    assert {(cell.shift, cell.adapter) for cell in result.shifts} >= {("none", "Source"), ("moved", "Tent")}
+    assert all(cell.failed is None for cell in result.shifts)
+    assert result.classes == [row.name for row in result.per_class] == ["a", "b", "c"]
+    assert "auc_moved" in result.measures
+    assert all(torch.equal(value, before[name]) for name, value in setup.model.state_dict().items())
+    source = next(cell for cell in result.shifts if (cell.shift, cell.adapter) == ("none", "Source"))
+    assert source.accuracy == result.before["accuracy"]
+
+
+def test_the_exported_model_says_what_the_calibrated_model_says(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    setup = small_setup()
+    result = audit(setup, tmp_path, **FAST)
+    assert result.notes == []
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    session = onnxruntime.InferenceSession(tmp_path / "model_calibrated.onnx")
+    (said,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    calibrator = load(tmp_path / "calibrator.safetensors")
+    with torch.no_grad():
+        wanted = calibrator(setup.model(x)).numpy()
+    np.testing.assert_allclose(said, wanted, atol=1e-5)
+
+
+def test_an_adapter_that_refuses_the_model_leaves_its_words_in_the_report(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        bare = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    result = audit(small_setup(bare), tmp_path, **FAST)
+    refused = {cell.adapter: cell.failed for cell in result.shifts if cell.failed}
+    assert "normalisation layer" in refused["Tent"]
+    assert "Source" not in refused
+    assert "normalisation layer" in (tmp_path / "report.html").read_text()
+
+
+SLOW_SETUP = """
+import time, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from trimtab.audit import Setup
+from pathlib import Path
+HERE = Path(__file__).parent
+class Slow(TensorDataset):
+    def __init__(self, name, *tensors):
+        super().__init__(*tensors)
+        self.name = name
+    def __getitem__(self, i):
+        if i == 0:
+            with open(HERE / "read.log", "a") as log:
+                log.write(self.name + "\\n")
+            if self.name == "second":
+                time.sleep(DELAY)
+        return super().__getitem__(i)
+def setup():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 5, generator=g)
+    y = (x[:, 0] > 0).long()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    make = lambda name: DataLoader(Slow(name, x, y), batch_size=40, generator=torch.Generator())
+    return Setup(model, calibration=make("calibration"), test=make("test"), shifts={"second": make("second")})
+"""
+
+
+def start(folder, *extra):
+    command = [sys.executable, "-m", "trimtab", "audit", f"{folder}/slow.py:setup", "-o", f"{folder}/out", "-q"]
+    return subprocess.Popen(
+        [*command, "--resamples", "20", "--folds", "2", *extra],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(folder, word):
+    log = folder / "read.log"
+    for _ in range(600):
+        if log.exists() and word in log.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the audit never read {word}")
+
+
+def test_an_audit_that_was_killed_goes_on_where_it_was(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_SETUP.replace("DELAY", "600"))
+    killed = start(tmp_path)
+    wait_for(tmp_path, "second")
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert files(tmp_path / "out") == {".work"}
+    (tmp_path / "slow.py").write_text(SLOW_SETUP.replace("DELAY", "0"))
+    again = start(tmp_path)
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    read = (tmp_path / "read.log").read_text().split()
+    first_run = read.index("second") + 1
+    # the killed run had collected the calibration rows; the second reads them for the Fisher term of EATA alone
+    assert read[:first_run] == ["calibration", "test", "second"]
+    assert read[first_run] == "second"
+    assert files(tmp_path / "out") >= TABLE_FILES
+    assert ".work" not in files(tmp_path / "out")
+
+
+def test_an_interrupt_says_so_in_one_line_and_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_SETUP.replace("DELAY", "600"))
+    running = start(tmp_path)
+    wait_for(tmp_path, "second")
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate()
+    assert running.returncode == 2
+    assert errors.strip() == "trimtab: interrupted"
+    assert files(tmp_path / "out") == {".work"}
+
+
+def test_workers_give_the_cells_of_one_process(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_SETUP.replace("DELAY", "0"))
+    finished = start(tmp_path, "--workers", "2")
+    _, errors = finished.communicate()
+    assert finished.returncode == 0, errors
+    both = AuditResult.from_dict(json.loads((tmp_path / "out" / "audit.json").read_text()))
+    one = audit(f"{tmp_path}/slow.py:setup", tmp_path / "one", **FAST)
+    assert [(cell.shift, cell.adapter) for cell in both.shifts] == [(cell.shift, cell.adapter) for cell in one.shifts]
+    for mine, theirs in zip(both.shifts, one.shifts):
+        assert mine.log_loss == pytest.approx(theirs.log_loss, abs=1e-4)
+
+
+def bad_table(folder, name, **columns):
+    path = folder / name
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"logit_0": [0.0, 1.0], "logit_1": [1.0, float("nan")], "label": [0, 1]}, "finite.*row 1, column 1"),
+        ({"logit_0": [0.0, float("inf")], "logit_1": [1.0, 0.0], "label": [0, 1]}, "finite.*row 1, column 0"),
+        ({"logit_0": [0.0, 1.0], "logit_1": [1.0, 0.0], "label": [0, 2]}, r"0\.\.1, found 2 at row 1"),
+        ({"logit_0": [0.0, 1.0], "logit_1": [1.0, 0.0], "label": [0.0, 1.0]}, "integer"),
+        ({"prob_0": [0.5, 0.9], "prob_1": [0.5, 0.9], "label": [0, 1]}, "sum to one.*row 1"),
+        ({"logit_0": [0.0, 1.0], "logit_1": [1.0, 0.0]}, "label"),
+        ({"logit_0": [0.0, 1.0], "logit_2": [1.0, 0.0], "label": [0, 1]}, "'logit_1' is missing"),
+        ({"score": [0.0, 1.0], "label": [0, 1]}, "logit_0"),
+        ({"logit_0": [0.0] * 40, "logit_1": [1.0] * 40, "label": [1] * 40}, "at least two classes, found only class 1"),
+        ({"logit_0": [0.0, 1.0], "logit_1": [1.0, 0.0], "label": [0, 1]}, "at least|at most"),
+        ({"logit_0": pa.array([], pa.float32()), "logit_1": pa.array([], pa.float32())}, "at least one row"),
+    ],
+)
+def test_a_bad_table_is_refused_in_words_and_nothing_is_left(tmp_path, columns, message):
+    with pytest.raises(InputError, match=message):
+        audit(bad_table(tmp_path, "scores.parquet", **columns), tmp_path / "out", **FAST)
+    left = tmp_path / "out"
+    assert not left.exists() or files(left) <= {".work"}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"resamples": 3}, "resamples must be at least 20"),
+        ({"folds": 1}, "folds must be at least 2"),
+        ({"level": 1.0}, "level must lie in"),
+        ({"calibration": "nowhere.parquet"}, "no such file"),
+    ],
+)
+def test_bad_options_are_named(table, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        audit(table, tmp_path / "out", **options)
+
+
+@pytest.mark.bad_input
+def test_files_that_are_no_tables_are_refused(table, tmp_path):
+    truncated = tmp_path / "truncated.parquet"
+    truncated.write_bytes(table.read_bytes()[:-100])
+    empty = tmp_path / "empty.parquet"
+    empty.touch()
+    for path, message in (
+        (truncated, "cannot be read as parquet"),
+        (empty, "is empty"),
+        (tmp_path / "x.xlsx", "ending"),
+    ):
+        with pytest.raises(InputError, match=message):
+            audit(path, tmp_path / "out", **FAST)
+
+
+@pytest.mark.bad_input
+def test_a_setup_whose_classes_do_not_fit_is_refused_before_anything_is_fitted(tmp_path):
+    setup = small_setup()
+    with pytest.raises(InputError, match="classes must name 3 classes, got 2"):
+        audit(Setup(setup.model, setup.calibration, setup.test, classes=["a", "b"]), tmp_path, **FAST)
+    assert files(tmp_path) == {".work"}
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(table, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match="cannot be written: No space left on device"):
+        audit(table, tmp_path / "out", **FAST)
+    assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))

@@ -73,6 +73,7 @@ def _options(
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and its numbers.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an unfinished run left in the folder.")]
+Onnx = Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write the calibrated model as ONNX, if installed.")]
 AuditWorkers = Annotated[int, typer.Option("--workers", min=1, help="Processes for the runs over shifted streams.")]
 Resamples = Annotated[int, typer.Option("--resamples", min=20, help="Bootstrap resamples behind every interval.")]
 Folds = Annotated[int, typer.Option("--folds", min=2, help="Folds of the cross-validation that ranks calibrators.")]
@@ -91,6 +92,7 @@ def audit(
     workers: AuditWorkers = 1,
     resamples: Resamples = 200,
     folds: Folds = 5,
+    onnx: Onnx = True,
     fresh: Fresh = False,
     quiet: Quiet = False,
     form: Form = Format.text,
@@ -99,7 +101,7 @@ def audit(
     from trimtab import audit as job
     from trimtab.core import progress
 
-    options = {"seed": seed, "workers": workers, "resamples": resamples, "folds": folds, "fresh": fresh}
+    options = {"seed": seed, "workers": workers, "resamples": resamples, "folds": folds, "onnx": onnx, "fresh": fresh}
     with progress.display(not quiet):
         result = job.audit(source, out, calibration=calibration, **options)
     _print_audit(result, out, quiet, form)
@@ -112,6 +114,7 @@ def demo(
     workers: AuditWorkers = 1,
     resamples: Resamples = 200,
     folds: Folds = 5,
+    onnx: Onnx = True,
     fresh: Fresh = False,
     quiet: Quiet = False,
     form: Form = Format.text,
@@ -120,7 +123,7 @@ def demo(
     from trimtab import audit as job
     from trimtab.core import progress
 
-    options = {"seed": seed, "workers": workers, "resamples": resamples, "folds": folds, "fresh": fresh}
+    options = {"seed": seed, "workers": workers, "resamples": resamples, "folds": folds, "onnx": onnx, "fresh": fresh}
     with progress.display(not quiet):
         result = job.demo(out, **options)
     _print_audit(result, out, quiet, form)

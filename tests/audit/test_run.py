@@ -22,7 +22,7 @@ from trimtab.calibration import load
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
 
-FAST = {"resamples": 20, "folds": 2}
+FAST = {"resamples": 20, "folds": 2, "onnx": False}
 TABLE_FILES = {"audit.json", "calibrator.json", "calibrator.safetensors", "metrics.parquet", "report.html"}
 
 
@@ -127,7 +127,7 @@ def test_a_model_is_measured_corrected_exported_and_followed_under_shift(tmp_pat
     result = audit(setup, out, **FAST)
     assert files(out) >= TABLE_FILES
     assert {(cell.shift, cell.adapter) for cell in result.shifts} >= {("none", "Source"), ("moved", "Tent")}
-    assert all(cell.failed is None for cell in result.shifts)
+    assert {cell.adapter for cell in result.shifts if cell.failed} == {"CoTTA", "RoTTA"}  # they augment images
     assert result.classes == [row.name for row in result.per_class] == ["a", "b", "c"]
     assert "auc_moved" in result.measures
     assert all(torch.equal(value, before[name]) for name, value in setup.model.state_dict().items())
@@ -139,8 +139,7 @@ def test_the_exported_model_says_what_the_calibrated_model_says(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     setup = small_setup()
-    result = audit(setup, tmp_path, **FAST)
-    assert result.notes == []
+    audit(setup, tmp_path, **{**FAST, "onnx": True})
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
     session = onnxruntime.InferenceSession(tmp_path / "model_calibrated.onnx")
     (said,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -194,7 +193,7 @@ def setup():
 def start(folder, *extra):
     command = [sys.executable, "-m", "trimtab", "audit", f"{folder}/slow.py:setup", "-o", f"{folder}/out", "-q"]
     return subprocess.Popen(
-        [*command, "--resamples", "20", "--folds", "2", *extra],
+        [*command, "--resamples", "20", "--folds", "2", "--no-onnx", *extra],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

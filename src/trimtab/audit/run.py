@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +26,7 @@ from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.core.persist import atomic
 from trimtab.core.predictions import Predictions
-from trimtab.core.tables import Table
+from trimtab.core.tables import ENDINGS, Table
 from trimtab.metrics import Summary, calibration_intervals
 
 SCORES_IN_MEMORY = 5_000_000
@@ -42,6 +44,7 @@ def audit(
     resamples: int = 200,
     level: float = 0.95,
     folds: int = 5,
+    onnx: bool = True,
     fresh: bool = False,
 ) -> AuditResult:
     """Measure a model or a table of scores, correct it, and leave the report and its numbers in `out`.
@@ -60,6 +63,7 @@ def audit(
         resamples: bootstrap resamples behind every interval.
         level: coverage of the intervals.
         folds: folds of the cross-validation that ranks the calibrators.
+        onnx: for a model: write ``model_calibrated.onnx``.
         fresh: forget the pieces that an unfinished run left.
 
     Raises:
@@ -74,13 +78,17 @@ def audit(
     checks.integer(workers, "workers", low=1)
     started = time.perf_counter()
     out = Path(out)
-    if isinstance(source, Setup) or ":" in str(source):
+    if isinstance(source, Setup) or (":" in str(source) and Path(source).suffix not in ENDINGS):
         if calibration is not None:
             raise InputError("calibration goes with a table; a setup brings its own calibration batches")
         setup = source if isinstance(source, Setup) else setups.load(str(source))
         spec = None if isinstance(source, Setup) else str(source)
         work = Workspace(out, _identity(settings, spec=spec, model=fingerprint(setup.model)), fresh=fresh)
-        result = _audit_model(setup, spec, out, work, workers, settings)
+        with _warnings_kept() as warned:
+            result = _audit_model(setup, spec, out, work, workers, settings)
+        if onnx:
+            export = correct.export_model(setup, load(out / correct.CALIBRATOR_FILE), out)
+            result = replace(result, notes=[*result.notes, *export])
     else:
         path, other = Path(source), Path(calibration) if calibration else None
         with Table.open(path) as table:
@@ -88,9 +96,11 @@ def audit(
                 out, _identity(settings, files=[_stamp(file) for file in (path, other) if file]), fresh=fresh
             )
             large = table.n * table.c > SCORES_IN_MEMORY
-            result = (_audit_large_table if large else _audit_table)(table, other, out, work, settings)
+            with _warnings_kept() as warned:
+                result = (_audit_large_table if large else _audit_table)(table, other, out, work, settings)
     result = replace(
         result,
+        notes=[*result.notes, *dict.fromkeys(f"Warning: {warning.message}." for warning in warned)],
         settings={**settings.__dict__, "workers": workers},
         versions={name: metadata.version(name) for name in PACKAGES},
         steps=[*work.seconds.items(), ("in all", time.perf_counter() - started)],
@@ -100,6 +110,16 @@ def audit(
     report.write(result, out / "report.html")
     work.remove()
     return result
+
+
+@contextmanager
+def _warnings_kept() -> Iterator[list[warnings.WarningMessage]]:
+    """What is warned of in this block goes into the report, not onto the screen."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.simplefilter("always", UserWarning)
+        yield caught
 
 
 def _audit_model(
@@ -116,13 +136,12 @@ def _audit_model(
     result = _measure_and_correct(
         spec or type(setup.model).__name__, "model", calibration, test, shifted, out, work, settings
     )
-    notes = correct.export_model(setup, load(out / correct.CALIBRATOR_FILE), out)
     cells = _follow_shifts(setup, spec, work, workers, settings)
     if setup.classes is not None:
         names = [str(name) for name in setup.classes]
         rows = [replace(row, name=name) for row, name in zip(result.per_class, names)]
         result = replace(result, classes=names, per_class=rows)
-    return replace(result, shifts=cells, notes=[*result.notes, *notes])
+    return replace(result, shifts=cells)
 
 
 def _audit_table(table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings) -> AuditResult:

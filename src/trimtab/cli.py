@@ -101,7 +101,14 @@ def audit(
     from trimtab import audit as job
     from trimtab.core import progress
 
-    options = {"seed": seed, "workers": workers, "resamples": resamples, "folds": folds, "onnx": onnx, "fresh": fresh}
+    options: dict[str, Any] = {
+        "seed": seed,
+        "workers": workers,
+        "resamples": resamples,
+        "folds": folds,
+        "onnx": onnx,
+        "fresh": fresh,
+    }
     with progress.display(not quiet):
         result = job.audit(source, out, calibration=calibration, **options)
     _print_audit(result, out, quiet, form)
@@ -123,7 +130,14 @@ def demo(
     from trimtab import audit as job
     from trimtab.core import progress
 
-    options = {"seed": seed, "workers": workers, "resamples": resamples, "folds": folds, "onnx": onnx, "fresh": fresh}
+    options: dict[str, Any] = {
+        "seed": seed,
+        "workers": workers,
+        "resamples": resamples,
+        "folds": folds,
+        "onnx": onnx,
+        "fresh": fresh,
+    }
     with progress.display(not quiet):
         result = job.demo(out, **options)
     _print_audit(result, out, quiet, form)

@@ -95,3 +95,12 @@ def test_one_draw_a_batch_or_one_an_image():
 def test_what_is_no_batch_of_images_is_refused(images, message):
     with pytest.raises(InputError, match=message):
         strong_augment(images, torch.Generator())
+
+
+def test_mirrored_half_of_the_time_or_never():
+    images = torch.zeros(200, 1, 8, 8)
+    images[..., :3] = 1
+    for flip, low, high in ((True, 60, 140), (False, 0, 0)):
+        views = strong_augment(images, torch.Generator().manual_seed(0), flip=flip, per_image=True)
+        mirrored = views[..., 4:].sum((1, 2, 3)) > views[..., :4].sum((1, 2, 3))
+        assert low <= int(mirrored.sum()) <= high

@@ -26,7 +26,7 @@ _BLUR_RADIUS = 2
 
 
 def strong_augment(
-    images: Float[Tensor, "n c h w"], generator: torch.Generator, *, per_image: bool = False
+    images: Float[Tensor, "n c h w"], generator: torch.Generator, *, flip: bool = True, per_image: bool = False
 ) -> Float[Tensor, "n c h w"]:
     """One random view of every image.
 
@@ -34,6 +34,8 @@ def strong_augment(
         images: (n, c, h, w) in 0..1 (noise may stray outside by up to 0.5, and is clipped), c = 1 or 3. A model that
             wants normalised images normalises inside.
         generator: a CPU generator, from which everything random is drawn.
+        flip: mirror half of the views; False, as ``partial(strong_augment, flip=False)``, for digits, letters and all
+            else that a mirror makes another thing of.
         per_image: draw the parameters of the views for each image; by default, as in the authors' code, once for the
             whole batch. The order of the colour changes is drawn once either way, the noise for each pixel.
 
@@ -56,9 +58,15 @@ def strong_augment(
     x = _jitter(images.clamp(0, 1), uniform, generator)
     x = _affine(x, angle=uniform(-15, 15), shift=(uniform(-1, 1), uniform(-1, 1)), scale=uniform(0.9, 1.1))
     x = _blur(x, uniform(0.001, 0.5))
-    x = torch.where(uniform(0, 1) < 0.5, x.flip(-1), x)
+    x = torch.where(uniform(0, 1) < (0.5 if flip else 0.0), x.flip(-1), x)
     noise = torch.randn(x.shape, generator=generator).to(x)
     return (x + 0.005 * noise).clamp(0, 1)
+
+
+def check_first(augment: Callable[..., Any], images: Any) -> None:
+    """Refuse at once what `strong_augment`, if that is what `augment` is, would refuse where it is first needed."""
+    if getattr(augment, "func", augment) is strong_augment:
+        check_images(images)
 
 
 def check_images(images: Any) -> None:

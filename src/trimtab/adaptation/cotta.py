@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trimtab.adaptation.augment import check_images, strong_augment
+from trimtab.adaptation.augment import check_first, strong_augment
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options, follow
 from trimtab.adaptation.batch_stats import use_batch_statistics
 from trimtab.core import checks
@@ -47,7 +47,8 @@ class CoTTA(Adapter):
         optimizer: builds the optimizer from the parameters that move. Default Adam 1e-3, for CIFAR; SGD 1e-2 for
             ImageNet-C.
         parameters_of: chooses the parameters that move, by name; all.
-        augment: ``augment(x, generator)`` gives a random view of a batch.
+        augment: ``augment(x, generator)`` gives a random view of a batch. The default, the authors', mirrors images: give
+            ``partial(strong_augment, flip=False)``, or your own, where that changes what they show.
         restore_mask: ``restore_mask(name, parameter, generator)`` says which entries are put back; drawn with
             probability `restore` by default.
         generator: a CPU generator for everything random; seeded with 0 by default. Its state is saved.
@@ -110,8 +111,7 @@ class CoTTA(Adapter):
         return self._call(self.teacher, x)
 
     def _adapt(self, x: Inputs) -> Tensor:
-        if self.augment is strong_augment:
-            check_images(x)
+        check_first(self.augment, x)
         logits = self._call(self.model, x)
         with torch.no_grad():
             target = self._target(x)

@@ -21,7 +21,7 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from trimtab.adaptation.augment import check_images, strong_augment
+from trimtab.adaptation.augment import check_first, strong_augment
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options, follow
 from trimtab.adaptation.batch_stats import MixedBatchNorm, mix_statistics
 from trimtab.core import checks
@@ -44,7 +44,8 @@ class RoTTA(Adapter):
         timeliness, uncertainty: weights of age and entropy in the score by which the memory drops inputs; 1 and 1.
         optimizer: builds the optimizer from the parameters that move; Adam 1e-3.
         parameters_of: chooses the parameters that move, by name; weights and biases of all normalisation layers.
-        augment: ``augment(x, generator)`` gives the strong view that the student sees.
+        augment: ``augment(x, generator)`` gives the strong view that the student sees; the default mirrors images, see
+            `strong_augment`.
         generator: a CPU generator for the augmentation; seeded with 0 by default. Its state is saved.
         train_mode: put the whole networks in train mode for updates, as the authors' code does.
         **options: what every `Adapter` takes.
@@ -126,8 +127,7 @@ class RoTTA(Adapter):
     def _adapt(self, x: Inputs) -> Tensor:
         if not isinstance(x, Tensor):
             raise InputError(f"x must be a tensor, which the memory can hold, got {type(x).__name__}")
-        if self.augment is strong_augment:
-            check_images(x)
+        check_first(self.augment, x)
         with torch.no_grad():
             logits = self._predict(x)
         probs = logits.softmax(1)

@@ -108,13 +108,13 @@ def test_weights_are_repetitions(data):
         gap, mass = binning.gap_sums(one), binning.mass_sums(one)
         width = binning.equal_width(one, bins)
         quantiles = binning.equal_mass(one, mass, bins)
-        ends = binning.tie_ends(one.values[0])
+        last = binning.last_of_ties(one.values[0])
         return torch.cat(
             [
                 binning.expected_errors(gap, width, bins)[0],
                 binning.expected_errors(gap, quantiles, bins)[0],
                 binning.maximum_errors(gap, mass, width, bins)[0],
-                binning.largest_partial_sum(gap, ends),
+                binning.largest_partial_sum(gap, last),
             ]
         )
 

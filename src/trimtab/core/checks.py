@@ -79,7 +79,7 @@ def probabilities(value: Any, name: str = "probs", *, atol: float = 1e-3) -> Flo
         bad = (p < 0) | (p > 1 + atol)
         value_there = p.flatten()[bad.flatten().to(torch.uint8).argmax()].item()
         raise InputError(f"{name} must lie in [0, 1], found {value_there:.6g} at {first_bad(bad)}")
-    total = p.sum(1, dtype=torch.float64)
+    total = p.sum(1, dtype=torch.promote_types(p.dtype, torch.float32))
     bad = (total - 1).abs() > atol
     if bool(bad.any()):
         row = int(bad.to(torch.uint8).argmax())
@@ -87,7 +87,7 @@ def probabilities(value: Any, name: str = "probs", *, atol: float = 1e-3) -> Flo
     return p
 
 
-def labels(value: Any, n: int, c: int, name: str = "labels") -> Int[Tensor, n]:
+def labels(value: Any, n: int, c: int, name: str = "labels") -> Int[Tensor, " n"]:
     """Class indices: n integers in 0..c-1, as int64."""
     y = tensor(value, name)
     if y.ndim != 1:
@@ -104,7 +104,7 @@ def labels(value: Any, n: int, c: int, name: str = "labels") -> Int[Tensor, n]:
     return y
 
 
-def weights(value: Any, n: int, name: str = "weights") -> Float[Tensor, n]:
+def weights(value: Any, n: int, name: str = "weights") -> Float[Tensor, " n"]:
     """Sample weights: n finite numbers >= 0, not all zero."""
     w = tensor(value, name)
     if w.shape != (n,):

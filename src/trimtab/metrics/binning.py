@@ -22,7 +22,7 @@ from torch import Tensor
 BINS = (5, 10, 15, 20, 25, 50, 100, 200, 500)
 """The bin counts of the benchmark study."""
 
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 18
 
 
 class Ranked(NamedTuple):
@@ -77,7 +77,7 @@ def prefix(x: Shaped[Tensor, "r n"]) -> Float[Tensor, "r m"]:
 
 def gap_sums(ranked: Ranked) -> Float[Tensor, "r m"]:
     """Prefix sums of hit - probability, each as often as it counts."""
-    gap = ranked.hits.to(ranked.values.dtype) - ranked.values
+    gap = ranked.hits.to(ranked.values.dtype).sub_(ranked.values)
     return prefix(gap if ranked.weights is None else ranked.weights * gap.double())
 
 
@@ -156,16 +156,24 @@ def maximum_errors(
     return torch.stack(errors, 1)
 
 
-def tie_ends(values: Float[Tensor, " n"]) -> Int[Tensor, " groups"]:
-    """Where the groups of equal sorted values end, as places: the first value's group ends at the first entry."""
+def last_of_ties(values: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    """Which of the sorted values are the last of their group of equals."""
     last = torch.ones(len(values), dtype=torch.bool, device=values.device)
     torch.ne(values[1:], values[:-1], out=last[:-1])
-    return last.nonzero()[:, 0] + 1
+    return last
 
 
-def largest_partial_sum(gap: Float[Tensor, "r m"], ends: Int[Tensor, " groups"]) -> Float[Tensor, " r"]:
+def tie_ends(values: Float[Tensor, " n"]) -> Int[Tensor, " groups"]:
+    """Where the groups of equal sorted values end, as places: the first value's group ends at the first entry."""
+    return last_of_ties(values).nonzero()[:, 0] + 1
+
+
+def largest_partial_sum(gap: Float[Tensor, "r m"], last: Bool[Tensor, " n"]) -> Float[Tensor, " r"]:
     """The largest |mean of all gaps up to some value|: the Kolmogorov-Smirnov distance of hits and probabilities."""
-    return gap[:, ends].abs().amax(1) / (gap.shape[1] - 1)
+    largest = torch.zeros_like(gap[:, 0])
+    for sums, ends in zip(torch.split(gap[:, 1:], _CHUNK_ELEMENTS, 1), torch.split(last, _CHUNK_ELEMENTS)):
+        largest = torch.maximum(largest, (sums.abs() * ends).amax(1))
+    return largest / len(last)
 
 
 class BinSums(NamedTuple):

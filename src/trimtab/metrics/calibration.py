@@ -249,7 +249,7 @@ def _detection(
     """How well the largest probability tells the known inputs, which score higher, from the unknown."""
     if not unknown:
         return {}
-    known = rows_of(logits, labels, 1.0)[0].confidence.double()
+    known = rows_of(logits, labels, (1.0,))[0][0].confidence.double()
     areas = {}
     for name, scores in unknown.items():
         both = torch.cat([known, scores.double()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from trimtab.metrics.binning import Ranked, prefix
@@ -47,37 +47,40 @@ def density_error(ranked: Ranked) -> Float[Tensor, " r"]:
     the triweight kernel by Fourier transform. The grid has 2^13 cells in 0..1; the outer halves, reflected at 0 and 1,
     make it 2^14 in -0.5..1.5.
     """
-    p, hits = ranked.values.clamp(max=1), ranked.hits
-    at = p[0] * _CELLS
-    above = at - at.floor()
-    starts = torch.arange(_CELLS + 2).to(p) / _CELLS
-    starts[-1] = 2
-    places = torch.searchsorted(p[0], starts)
-    everything = torch.ones_like(p) if ranked.weights is None else ranked.weights.double()
-    grids = [_linear_binning(w, above, places) for w in (everything, everything * hits)]
-    width = _kernel_width(p.double(), (everything * hits).double())
-    parts = zip(*(torch.split(x, _RESAMPLES) for x in (*grids, width)))
+    r = 1 if ranked.weights is None else len(ranked.weights)
+    device = ranked.values.device
+    grids = torch.zeros(2, r, _CELLS + 1, dtype=torch.float64, device=device)
+    moments = torch.zeros(3, r, dtype=torch.float64, device=device)
+    centre = ranked.values[0, ranked.n // 2]
+    size = max(_BLOCK_ELEMENTS // r, 2 * _CELLS)
+    for start in range(0, ranked.n, size):
+        part = slice(start, start + size)
+        p, hit = ranked.values[:, part].clamp(max=1), ranked.hits[:, part]
+        weights = torch.ones_like(p) if ranked.weights is None else ranked.weights[:, part].to(p.dtype)
+        grids += _share_out(p[0], weights, weights * hit)
+        apart = (p[0] - centre).double()
+        moments += torch.stack([(weights * hit).double() @ apart**k for k in range(3)])
+    total, first, second = moments
+    deviation = (second / total - (first / total) ** 2).clamp(min=0).sqrt()
+    bandwidth = (deviation * (2 * ranked.n) ** -0.2).clamp(min=1 / _CELLS)
+    parts = zip(*(torch.split(x, _RESAMPLES) for x in (*grids, 3 * bandwidth)))
     return torch.cat([_integrate(*part) for part in parts])
 
 
-def _linear_binning(
-    weights: Float[Tensor, "r n"], above: Float[Tensor, " n"], places: Int[Tensor, " edges"]
-) -> Float[Tensor, "r points"]:
-    """Weights shared out between the two grid points beside each value, in proportion to nearness."""
-    grid = prefix(weights)[:, places].diff()
-    upper = prefix(weights * above)[:, places].diff()
-    grid -= upper
-    grid[:, 1:] += upper[:, :-1]
-    return grid
-
-
-def _kernel_width(p: Float[Tensor, "1 n"], weights: Float[Tensor, "r n"]) -> Float[Tensor, " r"]:
-    """Half-width of the kernel: three bandwidths std (2n)^(-1/5), and never less than three cells of the grid."""
-    total = weights.sum(1)
-    centred = p[0] - (weights[0] @ p[0]) / total[0] if total[0] > 0 else p[0]
-    variance = (weights @ centred**2) / total - ((weights @ centred) / total) ** 2
-    bandwidth = variance.clamp(min=0).sqrt() * (2 * p.shape[1]) ** -0.2
-    return 3 * bandwidth.clamp(min=1 / _CELLS)
+def _share_out(p: Float[Tensor, " n"], *weights: Float[Tensor, "r n"]) -> Float[Tensor, "kinds r points"]:
+    """Linear binning: each weight shared out between the two grid points beside its value, by nearness."""
+    at = p * _CELLS
+    above = at - at.floor()
+    starts = torch.arange(_CELLS + 2).to(p) / _CELLS
+    starts[-1] = 2
+    places = torch.searchsorted(p, starts)
+    grids = []
+    for weight in weights:
+        upper = prefix(weight * above)[:, places].diff()
+        grid = prefix(weight)[:, places].diff() - upper
+        grid[:, 1:] += upper[:, :-1]
+        grids.append(grid)
+    return torch.stack(grids)
 
 
 def _integrate(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from trimtab.metrics.binning import gap_sums, largest_partial_sum, rank, tie_ends
+from trimtab.metrics.binning import gap_sums, largest_partial_sum, last_of_ties, rank
 from trimtab.metrics.rows import Labels, Matrix, top_label
 
 
@@ -77,4 +77,4 @@ class KolmogorovSmirnovError(Metric):
     def compute(self) -> Tensor:
         """The error of all batches together."""
         ranked = rank(dim_zero_cat(self.confidence)[None], dim_zero_cat(self.correct)[None])
-        return largest_partial_sum(gap_sums(ranked), tie_ends(ranked.values[0]))[0]
+        return largest_partial_sum(gap_sums(ranked), last_of_ties(ranked.values[0]))[0]

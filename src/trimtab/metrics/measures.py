@@ -32,11 +32,11 @@ Columns = Callable[[], Iterable[tuple[int, Float[Tensor, "g n"]]]]
 
 
 class ClassErrors(NamedTuple):
-    """Calibration errors class by class for every bin count, and each class's mean probability (unweighted)."""
+    """Calibration errors class by class for every bin count, and each class's mean probability."""
 
     width: Float[Tensor, "c r bins"]
     mass: Float[Tensor, "c r bins"]
-    mean_probability: Float[Tensor, " c"]
+    mean_probability: Float[Tensor, "c r"]
 
 
 class Measured(NamedTuple):
@@ -58,8 +58,9 @@ def measure_logits(
     kernel: bool = True,
 ) -> list[Measured]:
     """Measure logits in memory; the arguments are those of `measure`."""
-    rows, losses = zip(*(rows_of(logits, labels, t) for t in temperatures))
+    rows, losses = rows_of(logits, labels, temperatures)
     means = [mean_losses(loss, weights) for loss in losses]
+    del losses
     classwise = partial(columns, logits)
     return measure(rows, means, classwise, labels, temperatures, bins, classes=classes, weights=weights, kernel=kernel)
 
@@ -76,7 +77,7 @@ def measure(
     weights: Num[Tensor, "r n"] | None = None,
     kernel: bool = True,
 ) -> list[Measured]:
-    """All measures of the benchmark at every temperature, and how well confidence tells right from wrong.
+    """All measures of the benchmark at every temperature.
 
     Args:
         rows: the rows at each temperature.
@@ -93,7 +94,7 @@ def measure(
     out = []
     for row, mean, temperature, errors in zip(rows, means, temperatures, by_class):
         ranked = binning.rank(row.confidence[None], row.correct[None], weights)
-        named = top_label(ranked, bins) | class_means(errors, bins, classes) | order(ranked) | mean
+        named = top_label(ranked, bins) | class_means(errors, bins, classes) | mean
         if kernel:
             density = ranked
             if len(errors.width) == 2:  # as the authors do: the probability of class 1, not of the larger one
@@ -113,7 +114,7 @@ def study_columns(named: Sequence[Named]) -> Named:
 def top_label(ranked: Ranked, bins: Sequence[int]) -> Named:
     """ECE, ECE_em and MCE for every bin count, and KSCE."""
     width = binning.equal_width(ranked, bins)
-    ends = binning.tie_ends(ranked.values[0])
+    last = binning.last_of_ties(ranked.values[0])
 
     def measure(part: Ranked) -> Named:
         gap, mass = binning.gap_sums(part), binning.mass_sums(part)
@@ -122,7 +123,7 @@ def top_label(ranked: Ranked, bins: Sequence[int]) -> Named:
             "ECE_em": binning.expected_errors(gap, binning.equal_mass(part, mass, bins), bins),
             "MCE": binning.maximum_errors(gap, mass, width, bins),
         }
-        return _by_bin_count(errors, bins) | {"KSCE": binning.largest_partial_sum(gap, ends)}
+        return _by_bin_count(errors, bins) | {"KSCE": binning.largest_partial_sum(gap, last)}
 
     return _in_parts(measure, ranked)
 
@@ -181,15 +182,20 @@ def errors_of(
         return {
             "width": binning.expected_errors(gap, binning.equal_width(part, bins), bins),
             "mass": binning.expected_errors(gap, binning.equal_mass(part, mass, bins), bins),
+            "mean_probability": (_count(part) - gap[:, -1]) / part.n,
         }
 
-    average = p.mean(1, dtype=torch.float64)
     if weights is None:
         errors = measure(binning.rank(p, hits))
-        return ClassErrors(errors["width"][:, None], errors["mass"][:, None], average)
+        return ClassErrors(*(errors[name][:, None] for name in ClassErrors._fields))
     each = [_in_parts(measure, binning.rank(one[None], hit[None], weights)) for one, hit in zip(p, hits)]
-    width, mass = (torch.stack([errors[name] for errors in each]) for name in ("width", "mass"))
-    return ClassErrors(width, mass, average)
+    return ClassErrors(*(torch.stack([errors[name] for errors in each]) for name in ClassErrors._fields))
+
+
+def _count(ranked: Ranked) -> Float[Tensor, " r"]:
+    """How many hits there are."""
+    hits = ranked.hits.sum(1) if ranked.weights is None else (ranked.weights * ranked.hits).sum(1)
+    return hits.double()
 
 
 def class_means(errors: ClassErrors, bins: Sequence[int], classes: int | None) -> Named:

@@ -7,7 +7,7 @@ that class's logits alone. So the suite needs little memory beside its input, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from trimtab.core import checks
 
 _BLOCK_ELEMENTS = 1 << 18
-_GROUP_ELEMENTS = 1 << 20
+_GROUP_ELEMENTS = 1 << 18
 
 Matrix = Float[Tensor, "n c"] | Float[np.ndarray, "n c"]
 Labels = Int[Tensor, "n"] | Int[np.ndarray, "n"]
@@ -50,26 +50,31 @@ class Losses(NamedTuple):
     brier: Float[Tensor, " n"]
 
 
-def rows_of(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], temperature: float) -> tuple[Rows, Losses]:
-    """One pass over the rows, in blocks."""
-    size = max(1, _BLOCK_ELEMENTS // logits.shape[1])
-    blocks = [block(z, y, temperature) for z, y in zip(torch.split(logits, size), torch.split(labels, size))]
-    rows, losses = zip(*blocks)
-    return Rows(*(torch.cat(parts) for parts in zip(*rows))), Losses(*(torch.cat(parts) for parts in zip(*losses)))
-
-
-def block(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], temperature: float) -> tuple[Rows, Losses]:
-    """The rows of a block that fits in the cache."""
-    z = working(logits)
-    peak, predicted = z.max(1)
-    z = (z - peak[:, None]).mul_(1 / temperature)
-    own = z.gather(1, labels[:, None])
-    p = z.exp_()
-    total = p.sum(1)
-    log_loss = total.log() - own[:, 0]
-    p /= total[:, None]
-    p.scatter_add_(1, labels[:, None], torch.full_like(own, -1))
-    return Rows(peak, total, predicted == labels), Losses(log_loss, torch.linalg.vecdot(p, p))
+def rows_of(
+    logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], temperatures: Sequence[float]
+) -> tuple[list[Rows], list[Losses]]:
+    """One pass over the rows, in blocks; rows and losses at every temperature, which share peak and correct."""
+    n, c = logits.shape
+    like = working(logits[:0])
+    peak, correct = like.new_empty(n), torch.empty(n, dtype=torch.bool, device=logits.device)
+    totals = [like.new_empty(n) for _ in temperatures]
+    losses = [Losses(like.new_empty(n), like.new_empty(n)) for _ in temperatures]
+    size = max(1, _BLOCK_ELEMENTS // c)
+    for start in range(0, n, size):
+        part = slice(start, start + size)
+        z, y = working(logits[part]), labels[part]
+        peak[part], predicted = z.max(1)
+        correct[part] = predicted == y
+        z = z - peak[part, None]
+        for temperature, total, loss in zip(temperatures, totals, losses):
+            p = z * (1 / temperature)
+            own = p.gather(1, y[:, None])
+            total[part] = p.exp_().sum(1)
+            loss.log_loss[part] = total[part].log() - own[:, 0]
+            p /= total[part, None]
+            p.scatter_add_(1, y[:, None], torch.full_like(own, -1))
+            loss.brier[part] = torch.linalg.vecdot(p, p)
+    return [Rows(peak, total, correct) for total in totals], losses
 
 
 def working(x: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:

@@ -115,25 +115,25 @@ def table_suite(
     rows, means = _read_rows(table, labels, temperatures)
     measured = measure(rows, means, partial(_columns, table, sample.dtype), labels, temperatures, BINS)
     replicates, scale, sentence = _replicates(sample, sample_labels, temperatures, BINS, table.n, resamples, seed)
-    named = [each.named for each in measured]
     before, after = (
         assemble(
             one,
             labels,
             rows[0].correct,
-            intervals(headline(one.named), headline(many), level, scale),
+            intervals(headline(one), head, level, scale),
             sentence,
             level,
             BINS,
         )
-        for one, many in zip(measured, replicates)
+        for one, (_, head) in zip(measured, replicates)
     )
+    columns, replicated = study_columns([m.named for m in measured]), study_columns([named for named, _ in replicates])
     return TableSuite(
         n=table.n,
         n_fit=n_fit,
         c=table.c,
         temperature=temperatures[1],
-        measures=intervals(study_columns(named), study_columns(replicates), level, scale),
+        measures=intervals(columns, replicated, level, scale),
         before=before,
         after=after,
         interval_method=sentence,
@@ -148,10 +148,10 @@ def table_summary(table: Table, *, resamples: int = 200, level: float = 0.95, se
     labels, bins = _labels(table), (HEADLINE_BINS,)
     rows, means = _read_rows(table, labels, (1.0,))
     (measured,) = measure(rows, means, partial(_columns, table, sample.dtype), labels, (1.0,), bins, kernel=False)
-    (replicates,), scale, sentence = _replicates(
+    ((_, head),), scale, sentence = _replicates(
         sample, sample_labels, (1.0,), bins, table.n, resamples, seed, kernel=False
     )
-    found = intervals(headline(measured.named), headline(replicates), level, scale)
+    found = intervals(headline(measured), head, level, scale)
     return assemble(measured, labels, rows[0].correct, found, sentence, level, bins)
 
 
@@ -191,8 +191,7 @@ def _read_rows(
         z, part = working(logits), slice(start, start + len(logits))
         if not len(peak):
             peak, totals = z.new_empty(n), [z.new_empty(n) for _ in temperatures]
-        for i, temperature in enumerate(temperatures):
-            rows, losses = rows_of(z, labels[part].long(), temperature)
+        for i, (rows, losses) in enumerate(zip(*rows_of(z, labels[part].long(), temperatures))):
             peak[part], totals[i][part], correct[part] = rows
             sums[i] += torch.stack([loss.sum(dtype=torch.float64) for loss in losses])
     means = [{"NLL": nll[None] / n, "Brier": brier[None] / n} for nll, brier in sums]
@@ -227,22 +226,23 @@ def _replicates(
     seed: int,
     *,
     kernel: bool = True,
-) -> tuple[list[Named], float, str]:
-    """The measures of resamples or of subsets, what their deviations are scaled with, and how it was done, in words."""
+) -> tuple[list[tuple[Named, Named]], float, str]:
+    """Measures and headline of resamples or of subsets, what deviations are scaled with, and how it was done."""
     m, c = logits.shape
     if m == n and n * c <= _BOOTSTRAP_ELEMENTS:
         weights = resampling.weights(n, resamples, seed, logits.device)
         measured = measure_logits(logits, labels, temperatures, bins, weights=weights, kernel=kernel)
-        return [each.named for each in measured], 1.0, resampling.bootstrap_sentence(resamples)
+        return [(each.named, headline(each)) for each in measured], 1.0, resampling.bootstrap_sentence(resamples)
     subsets = min(resamples, max(2, m // _SUBSET_ROWS))
     size = m // subsets
     order = torch.from_numpy(np.random.default_rng(seed).permutation(m)[: subsets * size])
-    found = [
-        measure_logits(logits[rows], labels[rows], temperatures, bins, kernel=kernel)
-        for rows in track(torch.split(order, size), "measure subsets")
-    ]
-    named = [
-        {name: torch.cat([each[i].named[name] for each in found]) for name in found[0][i].named}
-        for i in range(len(temperatures))
-    ]
-    return named, sqrt(size / n), resampling.subsampling_sentence(subsets, size)
+    found: list[list[tuple[Named, Named]]] = [[] for _ in temperatures]
+    for rows in track(torch.split(order, size), "measure subsets"):
+        for one, pairs in zip(measure_logits(logits[rows], labels[rows], temperatures, bins, kernel=kernel), found):
+            pairs.append((one.named, headline(one)))
+    joined = [(_join([named for named, _ in pairs]), _join([head for _, head in pairs])) for pairs in found]
+    return joined, sqrt(size / n), resampling.subsampling_sentence(subsets, size)
+
+
+def _join(parts: Sequence[Named]) -> Named:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -13,7 +13,7 @@ from trimtab.core import checks
 from trimtab.core.stats import Interval
 from trimtab.metrics import reliability, resampling, risk_coverage
 from trimtab.metrics.binning import Ranked, bin_sums
-from trimtab.metrics.measures import Measured, Named, measure_logits
+from trimtab.metrics.measures import Measured, Named, measure_logits, order
 from trimtab.metrics.rows import Labels, Matrix
 
 HEADLINE_BINS = 15
@@ -87,7 +87,7 @@ def summarise(logits: Matrix, labels: Labels, *, resamples: int = 200, level: fl
     (measured,) = measure_logits(z, y, (1.0,), (HEADLINE_BINS,), kernel=False)
     weights = resampling.weights(len(z), resamples, seed, z.device)
     (resampled,) = measure_logits(z, y, (1.0,), (HEADLINE_BINS,), weights=weights, kernel=False)
-    intervals = resampling.intervals(headline(measured.named), headline(resampled.named), level)
+    intervals = resampling.intervals(headline(measured), headline(resampled), level)
     correct = z.argmax(1) == y
     return assemble(measured, y, correct, intervals, resampling.bootstrap_sentence(resamples), level, (HEADLINE_BINS,))
 
@@ -124,17 +124,15 @@ def compare(
         raise checks.InputError(f"after must have {len(z)} rows as before has, got {len(other)}")
     drawn = resampling.weights(len(z), resamples, seed, z.device)
     first, second = (
-        [
-            headline(measure_logits(x, y, (1.0,), (HEADLINE_BINS,), weights=w, kernel=False)[0].named)
-            for w in (None, drawn)
-        ]
+        [headline(measure_logits(x, y, (1.0,), (HEADLINE_BINS,), weights=w, kernel=False)[0]) for w in (None, drawn)]
         for x in (z, other)
     )
     return resampling.changes(first, second, level)
 
 
-def headline(named: Named) -> Named:
+def headline(measured: Measured) -> Named:
     """The headline measures, by the names that a summary gives them."""
+    named = measured.named | order(measured.ranked)
     return {name: named[source] for name, source in _HEADLINE.items()}
 
 
@@ -163,7 +161,7 @@ def assemble(
         per_class={
             "count": count.tolist(),
             "recall": recall.tolist(),
-            "mean_probability": by_class.mean_probability.tolist(),
+            "mean_probability": by_class.mean_probability[:, 0].tolist(),
             "ece": by_class.width[:, 0, bins.index(HEADLINE_BINS)].tolist(),
         },
         interval_method=interval_method,

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from trimtab.core.checks import InputError
@@ -88,7 +89,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     path = Path(path)
     write_json(path.with_suffix(".json"), meta)
     with atomic(path) as draft:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(draft))
+        draft.write_bytes(serialise({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}))
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

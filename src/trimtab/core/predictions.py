@@ -41,10 +41,10 @@ class Predictions:
     """
 
     logits: Float[Tensor, "n c"]
-    labels: Int[Tensor, n] | None = None
+    labels: Int[Tensor, " n"] | None = None
     features: Float[Tensor, "n d"] | None = None
     views: Float[Tensor, "n v c"] | None = None
-    weights: Float[Tensor, n] | None = None
+    weights: Float[Tensor, " n"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "logits", checks.logits(self.logits))

@@ -34,7 +34,7 @@ def resample_counts(n: int, resamples: int, seed: int) -> UInt8[np.ndarray, "res
     return counts
 
 
-def percentile_interval(estimate: float, replicates: Float[np.ndarray, resamples], level: float = 0.95) -> Interval:
+def percentile_interval(estimate: float, replicates: Float[np.ndarray, " resamples"], level: float = 0.95) -> Interval:
     """The percentile interval of bootstrap replicates, ignoring replicates that are NaN."""
     checks.number(level, "level", low=0, high=1, low_open=True, high_open=True)
     known = replicates[~np.isnan(replicates)]
@@ -45,8 +45,8 @@ def percentile_interval(estimate: float, replicates: Float[np.ndarray, resamples
 
 
 def binomial_interval(
-    successes: Float[np.ndarray, k], trials: Float[np.ndarray, k], level: float = 0.95
-) -> tuple[Float[np.ndarray, k], Float[np.ndarray, k]]:
+    successes: Float[np.ndarray, " k"], trials: Float[np.ndarray, " k"], level: float = 0.95
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """Clopper and Pearson's exact interval for each of k proportions, as (lows, highs).
 
     Example:
@@ -63,7 +63,9 @@ def binomial_interval(
     return low, high
 
 
-def bootstrap_mean(values: Float[np.ndarray, n], *, resamples: int = 2000, level: float = 0.95, seed: int) -> Interval:
+def bootstrap_mean(
+    values: Float[np.ndarray, " n"], *, resamples: int = 2000, level: float = 0.95, seed: int
+) -> Interval:
     """Mean of independent values with its percentile bootstrap interval.
 
     Example:
@@ -85,7 +87,7 @@ def bootstrap_mean(values: Float[np.ndarray, n], *, resamples: int = 2000, level
     return percentile_interval(float(values.mean()), np.concatenate(means), level)
 
 
-def paired_test(a: Float[np.ndarray, n], b: Float[np.ndarray, n], *, resamples: int = 9999, seed: int) -> float:
+def paired_test(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"], *, resamples: int = 9999, seed: int) -> float:
     """Two-sided p-value of a paired sign-flip permutation test of mean(a - b) = 0.
 
     All 2^n flips are used when there are at most `resamples` of them, random ones otherwise.

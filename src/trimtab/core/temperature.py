@@ -17,8 +17,8 @@ _FLAT = 1e-13  # mean loss that can still be won: none to speak of
 
 def fit_temperature(
     logits: Float[Tensor, "n c"],
-    labels: Int[Tensor, n],
-    weights: Float[Tensor, n] | None = None,
+    labels: Int[Tensor, " n"],
+    weights: Float[Tensor, " n"] | None = None,
     *,
     tolerance: float = 1e-5,
     max_passes: int = 50,

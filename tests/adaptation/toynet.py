@@ -1,5 +1,6 @@
 """The toy network of all test-time-adaptation cards, and the reading of their golden vectors."""
 
+import fnmatch
 import re
 from functools import partial
 from pathlib import Path
@@ -61,12 +62,14 @@ def stream(seed=0, batches=4, n=12, shape=(3, 8, 8), low=0.0, high=1.0):
     return low + (high - low) * torch.rand(batches, n, *shape, generator=generator)
 
 
-def golden_files(slug, *needed):
-    """The files of a slug that hold all the arrays `needed` (names or prefixes ending in a dot)."""
+def golden_files(slug, *needed, setting=None):
+    """The files of a slug that hold all arrays `needed` (``*`` stands for anything) and the setting of that name."""
     files = []
     for path in sorted((GOLDEN / slug).glob("*.npz")):
-        names = np.load(path).files
-        if all(any(n == want or (want.endswith(".") and n.startswith(want)) for n in names) for want in needed):
+        arrays = np.load(path)
+        names = [re.sub(r"^f(32|64)\.", "", name) for name in arrays.files]
+        settings = arrays["cfg_names"].tolist() if "cfg_names" in names else []
+        if all(fnmatch.filter(names, want) for want in needed) and (setting is None or setting in settings):
             files.append(pytest.param(path, id=path.stem))
     assert files, f"no golden file of {slug} holds {needed}"
     return files

@@ -23,7 +23,7 @@ from trimtab.adaptation import state
 from trimtab.adaptation.batch_stats import MixedBatchNorm
 from trimtab.core import checks
 from trimtab.core.checks import InputError
-from trimtab.core.modules import BATCH_NORMS
+from trimtab.core.modules import BATCH_NORMS, device_of
 from trimtab.core.predictions import logits_of
 
 Inputs = Shaped[Tensor, "n ..."] | Mapping[str, Any]
@@ -107,7 +107,7 @@ class Adapter(nn.Module):
         self._frozen = False
         for name in ("samples", "updates", "skipped", "resets", "singles"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self.register_buffer("recent", torch.empty(0))
+        self.register_buffer("recent", torch.empty(0, device=device_of(self.model)))
 
     def _begin(self, choice: Choice | None = None, optimizer: OptimizerFactory | None = None) -> None:
         """Fix what moves and remember where it starts; the last line of every adapter's constructor."""
@@ -152,8 +152,7 @@ class Adapter(nn.Module):
             with torch.no_grad():
                 return self._slide(x) if self.window > 1 and n == 1 else self._predict(x)
         with torch.inference_mode(False), torch.enable_grad():
-            if isinstance(x, Tensor):
-                x = x.clone() if x.is_inference() else x.detach()
+            x = {name: _usable(value) for name, value in x.items()} if isinstance(x, Mapping) else _usable(x)
             if self.episodic:
                 self._restart()
             outputs = self._slide(x) if self.window > 1 and n == 1 else self._learn(x)
@@ -162,7 +161,10 @@ class Adapter(nn.Module):
 
     def log_probs(self, x: Inputs) -> Float[Tensor, "n c"]:
         """Predict and adapt, as a call does; returns log-probabilities whatever the adapter's `outputs`."""
-        return self._log_probs(self(x))
+        outputs: Tensor = self(x)
+        if self.outputs == "logits":
+            return outputs.log_softmax(1)
+        return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
 
     def reset(self) -> None:
         """Return to the source model, with a fresh optimizer and an empty window; counters go on."""
@@ -257,11 +259,6 @@ class Adapter(nn.Module):
         with torch.no_grad(), _source_statistics(self if len(rows) == 1 else nn.Identity()):
             return self._predict(rows if self._rows_interact else x)[-1:]
 
-    def _log_probs(self, outputs: Tensor) -> Tensor:
-        if self.outputs == "logits":
-            return outputs.log_softmax(1)
-        return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.optimizer is not None:
@@ -322,6 +319,13 @@ def _source_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.train()
+
+
+def _usable(value: Any) -> Any:
+    """A tensor that gradients may be computed beside, though it was made in inference mode or asks for its own."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone() if value.is_inference() else value.detach()
 
 
 def _checked_size(x: Any) -> int:

@@ -47,8 +47,8 @@ class CoTTA(Adapter):
         optimizer: builds the optimizer from the parameters that move. Default Adam 1e-3, for CIFAR; SGD 1e-2 for
             ImageNet-C.
         parameters_of: chooses the parameters that move, by name; all.
-        augment: ``augment(x, generator)`` gives a random view of a batch. The default, the authors', mirrors images: give
-            ``partial(strong_augment, flip=False)``, or your own, where that changes what they show.
+        augment: ``augment(x, generator)`` gives a random view of a batch. The default, the authors', mirrors images:
+            give ``partial(strong_augment, flip=False)``, or your own, where that changes what they show.
         restore_mask: ``restore_mask(name, parameter, generator)`` says which entries are put back; drawn with
             probability `restore` by default.
         generator: a CPU generator for everything random; seeded with 0 by default. Its state is saved.

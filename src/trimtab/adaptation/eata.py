@@ -107,7 +107,7 @@ class EATA(Adapter):
         self.fishers = Tensors(self._fitting(fishers or {}))
         for name in ("reliable", "selected", "passed_over"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self.register_buffer("mean_probs", torch.empty(0))
+        self.register_buffer("mean_probs", torch.empty(0, device=modules.device_of(self.model)))
 
     def reset(self) -> None:
         """Return to the source model; the moving average of probabilities is cleared too."""

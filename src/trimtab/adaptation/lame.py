@@ -34,7 +34,8 @@ class LAME(Adapter):
     Args:
         model: a classifier, logits (n, c); used in eval mode, with the source's statistics.
         features: name of the module whose input is taken as features; the last linear layer by default.
-        kernel: ``"rbf"`` (default), ``"knn"`` or ``"linear"``.
+        kernel: ``"rbf"``, the authors' default, draws every input to every other one, the more the larger the batch;
+            ``"knn"`` to its `knn` nearest alone; ``"linear"`` by the cosine.
         knn: neighbours, >= 1; 5.
         symmetric: use the mean of the kernel and its transpose.
         strength: weight of the neighbours, >= 0; 1.

@@ -26,7 +26,7 @@ from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFact
 from trimtab.adaptation.batch_stats import MixedBatchNorm, mix_statistics
 from trimtab.core import checks
 from trimtab.core.checks import InputError
-from trimtab.core.modules import norm_parameters
+from trimtab.core.modules import device_of, norm_parameters
 from trimtab.core.predictions import Augmentation
 
 
@@ -116,7 +116,7 @@ class RoTTA(Adapter):
         self._forget()
 
     def _forget(self) -> None:
-        self.register_buffer("memory", torch.empty(0))
+        self.register_buffer("memory", torch.empty(0, device=device_of(self.model)))
         self.register_buffer("memory_class", torch.empty(0, dtype=torch.int64))
         self.register_buffer("memory_entropy", torch.empty(0, dtype=torch.float64))
         self.register_buffer("memory_born", torch.empty(0, dtype=torch.int64))

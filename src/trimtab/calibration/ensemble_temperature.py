@@ -1,7 +1,8 @@
 """Ensemble temperature scaling: a mixture of the tempered model, the model as it is, and the uniform distribution.
 
-As safe as temperature scaling, since every part of the mixture keeps the order of the classes, and more expressive: it
+As safe as temperature scaling, since no part of the mixture changes the order of the classes, and more expressive: it
 can be sharp and still leave some probability to every class. For networks that are confidently wrong now and then.
+(Where the uniform part takes all the weight, the logits being worth nothing, every class ties.)
 
 Zhang, Kailkhura, Han (2020), arXiv 2003.07329. As in the paper, the temperature is fitted first and the weights then.
 The authors' code fits both by squared error with SLSQP unless asked for cross-entropy; here both minimise the log

@@ -21,7 +21,8 @@ from trimtab.calibration.base import Calibrator
 from trimtab.calibration.solve import lbfgs, newton
 from trimtab.core import checks
 
-_NEWTON_PARAMETERS = 300
+_NEWTON_PARAMETERS = 1000
+_NEWTON_WORK = 2e9  # multiplications for one Hessian, beyond which L-BFGS is faster
 
 
 class MatrixScaling(Calibrator):
@@ -72,13 +73,14 @@ class MatrixScaling(Calibrator):
         self._declare("weight", "bias")
 
     def _fit(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-        c = logits.shape[1]
+        n, c = logits.shape
         x = logits.log_softmax(1)
         factor = multinomial.temperature_factor(x, labels, weights)
         centre = factor * torch.eye(c, c + 1, dtype=torch.float64, device=x.device)
         penalty = self._penalty(c, multinomial.total_weight(labels, weights), factor).to(x.device)
-        solve = _by_newton if c * (c + 1) <= _NEWTON_PARAMETERS else _by_lbfgs
-        found = solve(x, labels, weights, penalty, centre)
+        size = c * (c + 1)
+        solve = _by_newton if size <= _NEWTON_PARAMETERS and n * size**2 <= _NEWTON_WORK else _by_lbfgs
+        found = solve(x, labels, weights, penalty, centre, multinomial.start(centre, factor))
         self._store(logits, weight=found[:, :c], bias=found[:, c])
 
     def _log_probs(self, logits: Tensor) -> Tensor:
@@ -101,7 +103,9 @@ def _with_one(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_ones(len(x), 1)], 1)
 
 
-def _by_newton(x: Tensor, labels: Tensor, weights: Tensor | None, penalty: Tensor, centre: Tensor) -> Tensor:
+def _by_newton(
+    x: Tensor, labels: Tensor, weights: Tensor | None, penalty: Tensor, centre: Tensor, start: Tensor
+) -> Tensor:
     c, d = centre.shape
 
     def objective(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,10 +124,12 @@ def _by_newton(x: Tensor, labels: Tensor, weights: Tensor | None, penalty: Tenso
             same_class += (f.mT @ (mass[:, :, None] * f[:, None, :]).flatten(1)).reshape(d, c, d).permute(0, 2, 1)
         return loss[None], gradient.reshape(1, -1), hessian[None]
 
-    return newton(objective, centre.reshape(1, -1)).reshape(c, d)
+    return newton(objective, start.reshape(1, -1)).reshape(c, d)
 
 
-def _by_lbfgs(x: Tensor, labels: Tensor, weights: Tensor | None, penalty: Tensor, centre: Tensor) -> Tensor:
+def _by_lbfgs(
+    x: Tensor, labels: Tensor, weights: Tensor | None, penalty: Tensor, centre: Tensor, start: Tensor
+) -> Tensor:
     """L-BFGS along the principal axes of the features, in which the curvature is nearly diagonal."""
     c, d = centre.shape
     moment = torch.zeros(d, d, dtype=torch.float64, device=x.device)
@@ -144,4 +150,4 @@ def _by_lbfgs(x: Tensor, labels: Tensor, weights: Tensor | None, penalty: Tensor
 
     rate = torch.bincount(labels, weights, minlength=c).double() / multinomial.total_weight(labels, weights)
     curvature = (rate * (1 - rate))[:, None] * size.clamp(min=0) + penalty @ axes.square()
-    return lbfgs(objective, (centre @ axes).flatten(), curvature.flatten()).reshape(c, d) @ axes.mT
+    return lbfgs(objective, (start @ axes).flatten(), curvature.flatten()).reshape(c, d) @ axes.mT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 
@@ -11,21 +10,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab.core import checks
-from trimtab.core.temperature import fit_temperature
+from trimtab.core.temperature import BOUNDS, fit_temperature
 
 _BLOCK_ELEMENTS = 1 << 17
 
 
 def temperature_factor(logits: Float[Tensor, "n c"], labels: Int[Tensor, n], weights: Float[Tensor, n] | None) -> float:
-    """1 / T of temperature scaling: where the fit starts and its prior is centred. T at a bound serves as well."""
+    """1 / T of temperature scaling, on which the priors of more flexible maps are centred. T at a bound serves too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return 1 / fit_temperature(logits, labels, weights)
 
 
-def prior_sd(value: float, name: str) -> float:
-    """A standard deviation > 0; infinity, which is no prior at all, is welcome."""
-    return math.inf if value == math.inf else checks.number(value, name, low=0, low_open=True)
+def start(centre: Float[Tensor, "*shape"], factor: float) -> Float[Tensor, "*shape"]:
+    """Where a search begins: the prior's centre, or zero if T is at its upper bound, where the logits mislead."""
+    return centre if factor * BOUNDS[1] > 1 + 1e-9 else torch.zeros_like(centre)
+
+
+def prior_sd(value: float | None, name: str) -> float | None:
+    """The standard deviation of a prior, > 0; None is no prior at all."""
+    return None if value is None else checks.number(value, name, low=0, low_open=True)
 
 
 def total_weight(labels: Int[Tensor, n], weights: Float[Tensor, n] | None) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import softplus
 
 from trimtab.calibration.solve import newton
 
@@ -34,11 +34,16 @@ def log_odds(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n k"]:
     return z - torch.where(is_top, second, rest)
 
 
+def log_sigmoid(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log sigmoid(x), by softplus: ONNX has no logsigmoid, and the log of its sigmoid is wrong in the tails."""
+    return -softplus(-x, threshold=40.0)
+
+
 def from_log_odds(odds: Float[Tensor, "n k"]) -> Float[Tensor, "n c"]:
     """Log-probabilities of all classes from the binary problems' log-odds."""
     if odds.shape[1] == 1:
-        return torch.cat([logsigmoid(-odds), logsigmoid(odds)], 1)
-    return logsigmoid(odds).log_softmax(1)
+        return torch.cat([log_sigmoid(-odds), log_sigmoid(odds)], 1)
+    return log_sigmoid(odds).log_softmax(1)
 
 
 def from_probabilities(q: Float[Tensor, "n k"]) -> Float[Tensor, "n c"]:

@@ -93,7 +93,7 @@ def lbfgs(
             by its square root.
         max_iterations: a RuntimeWarning says when they did not suffice.
     """
-    root = scale.double().sqrt().cpu()
+    root = scale.double().clamp(min=1e-10 * float(scale.max())).sqrt().cpu()
     left = np.inf
 
     def scaled(u: np.ndarray) -> tuple[float, np.ndarray]:

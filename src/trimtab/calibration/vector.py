@@ -6,10 +6,12 @@ some classes only. May change which class is predicted.
 Guo, Pleiss, Sun, Weinberger (2017), arXiv 1706.04599. The paper maximises the likelihood, which overfits small
 calibration sets and has no maximum when a class is absent or the classes are separable. Here a Gaussian prior around
 the temperature-scaled model makes the optimum finite and unique, and fades as samples come in;
-``VectorScaling(slope_sd=math.inf, bias_sd=math.inf)`` is the paper's.
+``VectorScaling(slope_sd=None, bias_sd=None)`` is the paper's.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -26,8 +28,10 @@ class VectorScaling(Calibrator):
 
     Args:
         slope_sd: standard deviation, > 0, of the Gaussian prior on T weight - 1, where T is the best single
-            temperature. The default, 0.3, did best on score sets of 2 to 100 classes and 50 to 5000 samples.
-        bias_sd: standard deviation, > 0, of the prior on the biases, around zero. The default is 1, chosen likewise.
+            temperature; None for no prior. The default, 0.3, did best on score sets of 2 to 100 classes and 50 to
+            5000 samples.
+        bias_sd: standard deviation, > 0, of the prior on the biases, around zero; None for no prior. The
+            default, 1, was chosen likewise.
 
     Attributes:
         weight: (c,) slopes.
@@ -50,7 +54,7 @@ class VectorScaling(Calibrator):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, *, slope_sd: float = 0.3, bias_sd: float = 1.0) -> None:
+    def __init__(self, *, slope_sd: float | None = 0.3, bias_sd: float | None = 1.0) -> None:
         super().__init__()
         self.slope_sd = multinomial.prior_sd(slope_sd, "slope_sd")
         self.bias_sd = multinomial.prior_sd(bias_sd, "bias_sd")
@@ -62,7 +66,8 @@ class VectorScaling(Calibrator):
         total = multinomial.total_weight(labels, weights)
         ones = torch.ones(c, dtype=torch.float64, device=logits.device)
         centre = torch.cat([factor * ones, 0 * ones])
-        precision = 1 / (total * torch.cat([factor * self.slope_sd * ones, self.bias_sd * ones]).square())
+        slope_sd, bias_sd = factor * (self.slope_sd or math.inf), self.bias_sd or math.inf
+        precision = 1 / (total * torch.cat([slope_sd * ones, bias_sd * ones]).square())
 
         def first_order(x: Tensor) -> tuple[Tensor, Tensor]:
             loss, gradient = (precision * (x - centre).square()).sum() / 2, precision * (x - centre)
@@ -87,13 +92,14 @@ class VectorScaling(Calibrator):
                 hessian -= torch.cat([z * p, p], 1).mT @ torch.cat([z * mass, mass], 1)
             return loss[None], gradient[None], hessian[None]
 
+        start = multinomial.start(centre, factor)
         if c <= _NEWTON_CLASSES:
-            found = newton(second_order, centre[None])[0]
+            found = newton(second_order, start[None])[0]
         else:
             rate = torch.bincount(labels, weights, minlength=c).double() / total
             size = logits.double().square().mean(0)
             curvature = torch.cat([rate * (1 - rate) * size, rate * (1 - rate)]) + precision
-            found = lbfgs(first_order, centre, curvature)
+            found = lbfgs(first_order, start, curvature)
         self._store(logits, weight=found[:c], bias=found[c:])
 
     def _log_probs(self, logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from trimtab.metrics.reliability import Reliability, ReliabilityCurve, reliabili
 from trimtab.metrics.risk_coverage import AURC, RiskCoverage, RiskCoverageCurve, aurc, risk_coverage_curve
 from trimtab.metrics.roc import Roc, RocAuc, RocCurve, roc_auc, roc_curve
 from trimtab.metrics.streaming import TableSuite, sample_rows, table_suite, table_summary
-from trimtab.metrics.summary import Summary, compare, summarise
+from trimtab.metrics.summary import Summary, compare, essentials, summarise
 from trimtab.metrics.top_label import top_label_errors
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "classwise_calibration_error",
     "classwise_calibration_error_equal_mass",
     "compare",
+    "essentials",
     "expected_calibration_error",
     "expected_calibration_error_equal_mass",
     "harmonic_calibration_score",

@@ -4,7 +4,7 @@ The number that most papers report. Reach for it to compare with them, with 15 b
 binning take `kolmogorov_smirnov_error`, and for a loss that a better model cannot make worse take the log loss.
 
 Naeini, Cooper, Hauskrecht 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning"; Guo et al. 2017,
-arXiv 1706.04599. Bins are (lower, upper] as in Guo's code, where torchmetrics and netcal take [lower, upper): a
+arXiv 1706.04599. Bins are (lower, upper] as in Guo's code and in netcal, where torchmetrics takes [lower, upper): a
 confidence of exactly 0.2 lies in the bin that ends there.
 """
 

@@ -8,8 +8,8 @@ code: triweight kernel of bandwidth std(confidence | right) (2n)^(-1/5), the sam
 1, evaluated on 2^14 points by linear binning and Fourier transform. As there, with two classes the probability of class
 1 and the label take the place of confidence and hit.
 Departures, each below the noise on ordinary data: where the density vanishes the integrand is zero, while in the code
-it repeats its last value, which can take the error of a narrow density above 1; the bandwidth is never less than a
-cell of the grid, so that confidences that are all equal give |confidence - accuracy|, where the code divides by zero;
+it repeats its last value, which inflates the error of a narrow density; the bandwidth is never less than a cell of
+the grid, so that confidences that are all equal give |confidence - accuracy|, where the code divides by zero;
 the grid has points at 0 and 1 exactly (-0.5..1.5 instead of -0.6..1.6), so that reflection is exact.
 """
 

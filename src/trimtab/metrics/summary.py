@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab.core import checks
 from trimtab.core.stats import Interval
 from trimtab.metrics import reliability, resampling, risk_coverage
-from trimtab.metrics.binning import Ranked, bin_sums
-from trimtab.metrics.measures import Measured, Named, measure_logits, order
-from trimtab.metrics.rows import Labels, Matrix
+from trimtab.metrics.binning import Ranked, bin_sums, rank
+from trimtab.metrics.measures import Measured, Named, mean_losses, measure_logits, order, top_label
+from trimtab.metrics.rows import Labels, Matrix, rows_of
 
 HEADLINE_BINS = 15
 _CELLS = 20
@@ -95,7 +95,7 @@ def summarise(logits: Matrix, labels: Labels, *, resamples: int = 200, level: fl
 def compare(
     before: Matrix, after: Matrix, labels: Labels, *, resamples: int = 200, level: float = 0.95, seed: int = 0
 ) -> dict[str, Interval]:
-    """What a correction changes: after - before of the headline measures, bootstrapped in pairs.
+    """What a correction changes: after - before of the measures of `essentials`, bootstrapped in pairs.
 
     Both sides are measured on the same resamples, so that what they share cancels: the intervals are far narrower than
     those of two separate summaries suggest.
@@ -123,11 +123,37 @@ def compare(
     if len(other) != len(z):
         raise checks.InputError(f"after must have {len(z)} rows as before has, got {len(other)}")
     drawn = resampling.weights(len(z), resamples, seed, z.device)
-    first, second = (
-        [headline(measure_logits(x, y, (1.0,), (HEADLINE_BINS,), weights=w, kernel=False)[0]) for w in (None, drawn)]
-        for x in (z, other)
-    )
+    first, second = ([_essentials(x, y, weights) for weights in (None, drawn)] for x in (z, other))
     return resampling.changes(first, second, level)
+
+
+def essentials(
+    logits: Matrix, labels: Labels, *, resamples: int = 200, level: float = 0.95, seed: int = 0
+) -> dict[str, Interval]:
+    """The headline measures that need no pass over the classes: all of a `Summary` but cw_ece.
+
+    For comparing many candidates; the arguments are those of `summarise`.
+
+    Raises:
+        InputError: an argument is malformed.
+
+    Example:
+        >>> import torch
+        >>> logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 1, 0])
+        >>> round(essentials(logits, labels, resamples=20)["accuracy"].estimate, 3)
+        0.667
+    """
+    z = checks.logits(logits).detach()
+    y = checks.labels(labels, *z.shape).to(z.device)
+    drawn = resampling.weights(len(z), resamples, seed, z.device)
+    return resampling.intervals(_essentials(z, y, None), _essentials(z, y, drawn), level)
+
+
+def _essentials(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], weights: Tensor | None) -> Named:
+    (rows,), (losses,) = rows_of(logits, labels, (1.0,))
+    ranked = rank(rows.confidence[None], rows.correct[None], weights)
+    named = top_label(ranked, (HEADLINE_BINS,)) | order(ranked) | mean_losses(losses, weights)
+    return {name: named[source] for name, source in _HEADLINE.items() if source in named}
 
 
 def headline(measured: Measured) -> Named:

@@ -18,7 +18,7 @@ from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
 from trimtab.core.progress import track
 from trimtab.core.stats import Interval
-from trimtab.metrics import Summary, compare, summarise
+from trimtab.metrics import Summary, compare, essentials, summarise
 
 CALIBRATOR_FILE = "calibrator.safetensors"
 
@@ -40,6 +40,10 @@ class Settings:
     def summarise(self, predictions: Predictions) -> Summary:
         """The summary of labelled predictions."""
         return summarise(predictions.logits, predictions.needed("labels"), **self.intervals)
+
+    def essentials(self, predictions: Predictions) -> dict[str, Interval]:
+        """Accuracy, calibration error, log loss and the like of labelled predictions."""
+        return essentials(predictions.logits, predictions.needed("labels"), **self.intervals)
 
     def compare(self, before: Predictions, after: Predictions) -> dict[str, Triple]:
         """After minus before of the headline measures, bootstrapped in pairs."""
@@ -126,7 +130,7 @@ def _measure(kind: type[Calibrator], calibration: Predictions, test: Predictions
     """What a calibrator achieves on `test` when fitted to all of `calibration`."""
     names = {"test_log_loss": "log_loss", "test_ece": "ece", "test_accuracy": "accuracy"}
     try:
-        headline = settings.summarise(kind().fit_predictions(calibration).transform(test)).headline
+        headline = settings.essentials(kind().fit_predictions(calibration).transform(test))
     except InputError as error:
         return {name: (float("nan"),) * 3 for name in names} | {"failed": str(error)}
     return {name: triple(headline[measure]) for name, measure in names.items()}

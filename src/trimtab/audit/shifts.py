@@ -62,7 +62,7 @@ def cell(setup: Setup, shift: str, adapter: str, settings: Settings) -> ShiftCel
         nothing: Triple = (float("nan"), float("nan"), float("nan"))
         return ShiftCell(shift, adapter, 0, nothing, nothing, nothing, 0.0, failed=str(error))
     seconds = time.perf_counter() - start
-    headline = settings.summarise(predictions).headline
+    headline = settings.essentials(predictions)
     accuracy, ece, log_loss = (triple(headline[name]) for name in ("accuracy", "ece", "log_loss"))
     return ShiftCell(shift, adapter, predictions.n, accuracy, ece, log_loss, seconds)
 

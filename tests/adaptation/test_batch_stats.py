@@ -42,3 +42,10 @@ def test_batch_statistics_do_not_depend_on_mode_or_order():
     expected = net(x)
     assert torch.equal(net.train()(x), expected)
     torch.testing.assert_close(net.eval()(x.flip(0)).flip(0), expected)
+
+
+def test_half_precision_inputs_are_summed_in_the_statistics_precision():
+    layer = MixedBatchNorm(nn.BatchNorm2d(3), 1.0, unbiased=False, follow=True).train()
+    x = stream(n=64, shape=(3, 32, 32))[0].bfloat16()
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer.source_var, x.double().var((0, 2, 3), correction=0).float())

@@ -39,16 +39,21 @@ def same_numbers(found, expected):
 
 @pytest.mark.parametrize("c", [2, 7])
 @pytest.mark.parametrize("ending", ["parquet", "feather"])
-@pytest.mark.parametrize("layout", ["logit columns", "prob columns", "logit list", "prob list"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        (layout, dtype)
+        for layout in ("logit columns", "prob columns", "logit list", "prob list")
+        for dtype in (torch.float16, torch.float32, torch.float64)
+        if not (layout.startswith("prob") and dtype == torch.float16)  # rows that do not sum to one closely enough
+    ],
+)
 def test_a_table_has_the_numbers_of_its_predictions(tmp_path, monkeypatch, c, ending, layout, dtype):
     monkeypatch.setattr(streaming, "_BLOCK_ELEMENTS", 150)
     monkeypatch.setattr(streaming, "_GROUP_ELEMENTS", 1200)
     logits, labels = definitions.some_logits(400, c, scale=2.0)
     logits[0, 1:] -= 1000  # probabilities that are exactly zero
     labels[0] = 0
-    if dtype == torch.float16 and layout.startswith("prob"):
-        pytest.skip("rows of half-precision probabilities do not sum to one closely enough")
     path = write(tmp_path / f"t.{ending}", logits.to(dtype), labels, layout)
     with Table.open(path) as table:
         found = metrics.table_suite(table, resamples=10)

@@ -86,6 +86,13 @@ def test_the_same_seed_gives_the_same_summary():
     )
 
 
+def test_the_essentials_are_the_headline_without_the_classes():
+    logits, labels = definitions.some_logits(300, 4)
+    headline = metrics.summarise(logits, labels, resamples=20, seed=1).headline
+    found = metrics.essentials(logits, labels, resamples=20, seed=1)
+    assert found == {name: interval for name, interval in headline.items() if name != "cw_ece"}
+
+
 def test_changes_are_differences_with_paired_intervals():
     logits, labels = definitions.some_logits(600, 4)
     before, after = (metrics.summarise(x, labels, resamples=200) for x in (logits, logits / 1.7))

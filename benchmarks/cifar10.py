@@ -62,7 +62,9 @@ class ResNet(nn.Module):
 def data_folder() -> Path:
     """Where the real data lies."""
     if "TRIMTAB_DATA" not in os.environ:
-        raise InputError("the environment variable TRIMTAB_DATA must name the folder that holds cifar10/, it is not set")
+        raise InputError(
+            "the environment variable TRIMTAB_DATA must name the folder that holds cifar10/, it is not set"
+        )
     return Path(os.environ["TRIMTAB_DATA"])
 
 
@@ -74,7 +76,7 @@ def resnet(layers: int = 20) -> nn.Module:
 
 
 def setup() -> Setup:
-    """ResNet-20, 2 000 test images to calibrate on, the next 4 000 to measure on, as they are and under three shifts."""
+    """ResNet-20, 2 000 test images to calibrate on and 4 000 to measure on, as they are and under three shifts."""
     source = parquet_images(data_folder() / "cifar10", "test")
     order = torch.randperm(len(source.labels), generator=torch.Generator().manual_seed(0))
     images, labels = source.tensor()[order], source.labels[order]

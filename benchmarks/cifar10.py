@@ -18,7 +18,7 @@ from trimtab.core.checks import InputError
 from trimtab.data import corrupt, parquet_images
 
 SHIFTS = {"gaussian_noise": 3, "contrast": 5, "jpeg_compression": 5}
-CALIBRATION, TEST, BATCH = 2000, 4000, 200
+CALIBRATION, TEST, BATCH = 2000, 2000, 200
 
 
 class Block(nn.Module):
@@ -76,7 +76,7 @@ def resnet(layers: int = 20) -> nn.Module:
 
 
 def setup() -> Setup:
-    """ResNet-20, 2 000 test images to calibrate on and 4 000 to measure on, as they are and under three shifts."""
+    """ResNet-20, 2 000 test images to calibrate on and 2 000 to measure on, as they are and under three shifts."""
     source = parquet_images(data_folder() / "cifar10", "test")
     order = torch.randperm(len(source.labels), generator=torch.Generator().manual_seed(0))
     images, labels = source.tensor()[order], source.labels[order]

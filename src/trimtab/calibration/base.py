@@ -205,6 +205,12 @@ def load(path: str | Path) -> Calibrator:
     return calibrator
 
 
+def logsumexp(x: Tensor, dim: int) -> Tensor:
+    """torch.logsumexp, kept as a dimension, in operations that ONNX Runtime computes without underflow."""
+    top = x.amax(dim, keepdim=True).detach()
+    return top + (x - top).exp().sum(dim, keepdim=True).log()
+
+
 def _at_least_single(x: Tensor) -> Tensor:
     """Half precision is widened; single and double stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

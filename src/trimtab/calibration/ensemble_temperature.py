@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.calibration.base import Calibrator
+from trimtab.calibration.base import Calibrator, logsumexp
 from trimtab.calibration.solve import newton
 from trimtab.core.temperature import fit_temperature
 
@@ -71,7 +71,7 @@ class EnsembleTemperatureScaling(Calibrator):
 
     def _log_probs(self, logits: Tensor) -> Tensor:
         parts = torch.stack(_parts(logits, self.temperature.to(logits.dtype)))
-        return (parts + self.mixture.to(logits.dtype).log()[:, None, None]).logsumexp(0)
+        return logsumexp(parts + self.mixture.to(logits.dtype).log()[:, None, None], 0)[0]
 
 
 def _parts(logits: Tensor, temperature: Tensor) -> list[Tensor]:

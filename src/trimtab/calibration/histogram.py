@@ -81,14 +81,13 @@ class HistogramBinning(Calibrator):
 
 def _equal_mass(scores: Tensor, w: Tensor, bins: int) -> Tensor:
     """Edges half-way between the distinct scores that split the weight most evenly."""
-    x, group = scores.unique(return_inverse=True)
+    x, group = one_vs_rest.distinct(scores)
     below = torch.bincount(group, w).cumsum(0)
     wanted = below[-1] * torch.arange(1, bins, dtype=below.dtype, device=below.device) / bins
     after = torch.searchsorted(below, wanted).clamp(1, max(1, len(x) - 1))
     last = torch.where(wanted - below[after - 1] <= below[after.clamp(max=len(x) - 1)] - wanted, after - 1, after)
     last = last[last < len(x) - 1].unique()
-    middle = (x[last] + x[last + 1]) / 2
-    return torch.where(middle < x[last + 1], middle, x[last])
+    return (x[last] + x[last + 1]) / 2
 
 
 def _equal_width(scores: Tensor, w: Tensor, bins: int) -> Tensor:

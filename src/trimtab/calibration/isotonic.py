@@ -56,14 +56,14 @@ class IsotonicCalibration(Calibrator):
         self._declare("knots", "values")
 
     def _fit(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-        odds = one_vs_rest.log_odds(logits).cpu().numpy()
-        hits = one_vs_rest.outcomes(labels, logits.shape[1]).cpu().numpy()
-        w = np.ones(len(odds)) if weights is None else weights.double().cpu().numpy()
+        odds = one_vs_rest.log_odds(logits)
+        hits = one_vs_rest.outcomes(labels, logits.shape[1])
+        w = torch.ones_like(hits[:, 0]) if weights is None else weights.double()
         prior = None if self.allow_zero else 1 / logits.shape[1]
         maps = [_monotone(odds[:, k], hits[:, k], w, prior) for k in range(odds.shape[1])]
         most = max(len(x) for x, _ in maps)
-        knots, values = (np.stack([np.pad(m[i], (0, most - len(m[i])), mode="edge") for m in maps]) for i in (0, 1))
-        self._store(logits, knots=torch.from_numpy(knots), values=torch.from_numpy(values))
+        knots, values = (torch.stack([_filled(m[i], most) for m in maps]) for i in (0, 1))
+        self._store(logits, knots=knots, values=values)
 
     def _log_probs(self, logits: Tensor) -> Tensor:
         odds = one_vs_rest.log_odds(logits).mT.contiguous()
@@ -75,18 +75,19 @@ class IsotonicCalibration(Calibrator):
         return one_vs_rest.from_probabilities(torch.lerp(values.gather(1, left), values.gather(1, right), share).mT)
 
 
-def _monotone(
-    scores: np.ndarray, hits: np.ndarray, w: np.ndarray, prior: float | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _monotone(scores: Tensor, hits: Tensor, w: Tensor, prior: float | None) -> tuple[Tensor, Tensor]:
     """The first and last score of every pooled block, and the blocks' probabilities there."""
-    x, group = np.unique(scores, return_inverse=True)
-    weight, hit = np.bincount(group, w), np.bincount(group, w * hits)
+    x, group = one_vs_rest.distinct(scores)
+    weight, hit = torch.bincount(group, w), torch.bincount(group, w * hits)
     if prior is not None:
         for end in (0, -1):
             weight[end] += 1
             hit[end] += prior
-    fit = isotonic_regression(hit / weight, weights=weight)
-    first, last = fit.blocks[:-1], fit.blocks[1:] - 1
-    ends = np.unique(np.concatenate([first, last]))
-    ends = ends if len(ends) > 1 else ends.repeat(2)
-    return x[ends], fit.x[ends]
+    fit = isotonic_regression((hit / weight).cpu().numpy(), weights=weight.cpu().numpy())
+    ends = np.unique(np.concatenate([fit.blocks[:-1], fit.blocks[1:] - 1]))
+    return x[torch.from_numpy(ends).to(x.device)], torch.from_numpy(fit.x[ends])
+
+
+def _filled(row: Tensor, length: int) -> Tensor:
+    """The row with copies of its last entry behind it, at least two entries in all."""
+    return torch.cat([row, row[-1:].expand(max(length, 2) - len(row))])

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from trimtab.calibration.base import logsumexp
 from trimtab.calibration.solve import newton
 
 _BLOCK_ELEMENTS = 1 << 16
@@ -30,7 +31,7 @@ def log_odds(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n k"]:
     z = logits - top
     e = z.exp()
     rest = (e.sum(1, keepdim=True) - e).masked_fill(is_top, 1).log()
-    second = z.masked_fill(is_top, -torch.inf).logsumexp(1, keepdim=True)
+    second = logsumexp(z.masked_fill(is_top, -torch.inf), 1)
     return z - torch.where(is_top, second, rest)
 
 
@@ -59,6 +60,17 @@ def outcomes(labels: Int[Tensor, n], c: int) -> Float[Tensor, "n k"]:
     if c == 2:
         return labels[:, None].double()
     return torch.nn.functional.one_hot(labels, c).double()
+
+
+def distinct(scores: Float[Tensor, n]) -> tuple[Float[Tensor, m], Int[Tensor, n]]:
+    """The distinct scores, ascending, and which of them each score is.
+
+    Scores a few roundings apart are one: the same row of logits need not give the same bits at every place of a batch.
+    """
+    x, index = scores.unique(return_inverse=True)
+    apart = x.diff() > 16 * torch.finfo(x.dtype).eps * x[1:].abs().clamp(min=1)
+    group = torch.cat([apart.new_zeros(1), apart]).cumsum(0)
+    return x[torch.cat([apart.new_ones(1), apart])], group[index]
 
 
 def fit_logistic(

@@ -1,0 +1,80 @@
+"""ONNX files, run by ONNX Runtime."""
+
+import numpy as np
+import pytest
+import torch
+from score_sets import generator, overconfident
+from torch import nn
+
+from trimtab.calibration import CALIBRATORS, Calibrator, TemperatureScaling
+from trimtab.calibration.export import to_onnx
+from trimtab.core.checks import InputError
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def run(path, x):
+    session = onnxruntime.InferenceSession(path)
+    (name,) = (node.name for node in session.get_inputs())
+    (out,) = session.run(None, {name: x.numpy()})
+    return out
+
+
+@pytest.mark.parametrize("kind", CALIBRATORS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("c", [2, 4])
+def test_the_file_says_what_the_calibrator_says(kind, c, tmp_path):
+    logits, labels = overconfident(300, c, dtype=torch.float32)
+    calibrator = kind().fit(logits, labels)
+    to_onnx(None, calibrator, logits[:3], tmp_path / "calibrator.onnx")
+    far = 50 * torch.randn(100, c, generator=generator(1))
+    for x in (logits, far, logits[:1]):
+        expected = calibrator(x)
+        near = torch.stack([calibrator(x * (1 + 1e-5)), calibrator(x * (1 - 1e-5))])
+        smooth = (
+            ((near - expected).abs() < 1e-3 * expected.abs() + 1e-4).all(2).all(0).numpy()
+        )  # no step within a rounding
+        assert smooth.mean() > 0.9
+        found = run(tmp_path / "calibrator.onnx", x)
+        np.testing.assert_allclose(found[smooth], expected.numpy()[smooth], atol=1e-3, rtol=1e-3)
+
+
+def test_a_model_and_its_calibrator_in_one_file(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+    calibrator = TemperatureScaling().fit(*overconfident(100, 3, dtype=torch.float32))
+    model.train()
+    model[0].eval()
+    x = torch.randn(20, 6, generator=generator(1))
+    to_onnx(model, calibrator, x[:2], tmp_path / "model.onnx")
+    assert [module.training for module in model] == [False, True, True, True, True]
+    with torch.no_grad():
+        expected = calibrator(model.eval()(x)).numpy()
+    np.testing.assert_allclose(run(tmp_path / "model.onnx", x), expected, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_nothing_is_left_of_a_model_that_cannot_be_traced(tmp_path):
+    class Stubborn(nn.Module):
+        def forward(self, x):
+            return x if x.sum().item() > 0 else -x
+
+    calibrator = TemperatureScaling().fit(*overconfident(100, 3, dtype=torch.float32))
+    with pytest.raises(Exception, match="export"):
+        to_onnx(Stubborn(), calibrator, torch.randn(2, 3, generator=generator(0)), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    class NeedsFeatures(Calibrator):
+        needs = frozenset({"features"})
+
+        def _fit(self, logits, labels, weights, features):
+            pass
+
+    logits, labels = overconfident(20, 3)
+    with pytest.raises(InputError, match="this TemperatureScaling is not fitted"):
+        to_onnx(None, TemperatureScaling(), logits, tmp_path / "calibrator.onnx")
+    with pytest.raises(InputError, match=r"this NeedsFeatures needs \['features'\]"):
+        to_onnx(None, NeedsFeatures().fit(logits, labels, features=logits), logits, tmp_path / "calibrator.onnx")

@@ -102,7 +102,7 @@ def verdict(result):
     if result["reported"]:
         lines += ["", "The paper, in its own full-scale setting:", "", *nested(result["reported"])]
     if result["notes"]:
-        lines += ["", *(f"- {note}" for note in result["notes"])]
+        lines += ["", "What we found:", "", *(f"- {note}" for note in result["notes"])]
     return "\n".join(lines)
 
 
@@ -112,18 +112,21 @@ def unbroken(text):
 
 
 def code(text):
-    """Inline code inside a table cell."""
-    return "`" + text.replace("|", "&#124;") + "`"
+    """Inline code in a table cell that is never too narrow for it."""
+    return "`" + text.replace("|", "&#124;") + "`{ .bound }"
 
 
 def nested(value, depth=0):
-    """Reported data as nested list items."""
+    """Reported data as list items; a row of plain numbers stays on one line."""
     for name, inner in value.items():
-        if isinstance(inner, dict):
-            yield f"{'    ' * depth}- {name}:"
+        start = f"{'    ' * depth}- {name}:"
+        if not isinstance(inner, dict):
+            yield f"{start} {inner}"
+        elif any(isinstance(leaf, dict) for leaf in inner.values()):
+            yield start
             yield from nested(inner, depth + 1)
         else:
-            yield f"{'    ' * depth}- {name}: {inner}"
+            yield f"{start} {', '.join(f'{key} {leaf}' for key, leaf in inner.items())}"
 
 
 def method_page(method):

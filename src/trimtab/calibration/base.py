@@ -46,9 +46,9 @@ class Calibrator(nn.Module):
     def fit(
         self,
         logits: Float[Tensor, "n c"] | Float[np.ndarray, "n c"],
-        labels: Int[Tensor, n] | Integer[np.ndarray, n],
+        labels: Int[Tensor, " n"] | Integer[np.ndarray, " n"],
         *,
-        weights: Float[Tensor, n] | Float[np.ndarray, n] | None = None,
+        weights: Float[Tensor, " n"] | Float[np.ndarray, " n"] | None = None,
         **needed: Tensor | np.ndarray,
     ) -> Self:
         """Fit to held-out scores: samples that the model was not trained on.

@@ -15,7 +15,9 @@ from trimtab.core.temperature import BOUNDS, fit_temperature
 _BLOCK_ELEMENTS = 1 << 17
 
 
-def temperature_factor(logits: Float[Tensor, "n c"], labels: Int[Tensor, n], weights: Float[Tensor, n] | None) -> float:
+def temperature_factor(
+    logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], weights: Float[Tensor, " n"] | None
+) -> float:
     """1 / T of temperature scaling, on which the priors of more flexible maps are centred. T at a bound serves too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -32,13 +34,13 @@ def prior_sd(value: float | None, name: str) -> float | None:
     return None if value is None else checks.number(value, name, low=0, low_open=True)
 
 
-def total_weight(labels: Int[Tensor, n], weights: Float[Tensor, n] | None) -> float:
+def total_weight(labels: Int[Tensor, " n"], weights: Float[Tensor, " n"] | None) -> float:
     """The number of samples, or what their weights add up to."""
     return float(len(labels) if weights is None else weights.sum(dtype=torch.float64))
 
 
 def blocks(
-    scores: Float[Tensor, "n c"], labels: Int[Tensor, n], weights: Float[Tensor, n] | None
+    scores: Float[Tensor, "n c"], labels: Int[Tensor, " n"], weights: Float[Tensor, " n"] | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Consecutive rows: float64 scores (r, c), labels (r,), and shares (r,) of the mean, which add up to one in all."""
     n, c = scores.shape
@@ -51,7 +53,7 @@ def blocks(
 
 
 def log_loss(
-    logits: Float[Tensor, "r c"], labels: Int[Tensor, r], shares: Float[Tensor, r]
+    logits: Float[Tensor, "r c"], labels: Int[Tensor, " r"], shares: Float[Tensor, " r"]
 ) -> tuple[Tensor, Float[Tensor, "r c"], Float[Tensor, "r c"]]:
     """A block's part of the mean log loss, its gradient in the logits, and the probabilities."""
     log_probs = logits.log_softmax(1)

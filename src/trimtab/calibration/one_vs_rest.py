@@ -55,14 +55,14 @@ def from_probabilities(q: Float[Tensor, "n k"]) -> Float[Tensor, "n c"]:
     return torch.where(total > 0, q / total.where(total > 0, torch.ones_like(total)), 1 / q.shape[1]).log()
 
 
-def outcomes(labels: Int[Tensor, n], c: int) -> Float[Tensor, "n k"]:
+def outcomes(labels: Int[Tensor, " n"], c: int) -> Float[Tensor, "n k"]:
     """The binary problems' outcomes, 0 or 1, in float64."""
     if c == 2:
         return labels[:, None].double()
     return torch.nn.functional.one_hot(labels, c).double()
 
 
-def distinct(scores: Float[Tensor, n]) -> tuple[Float[Tensor, m], Int[Tensor, n]]:
+def distinct(scores: Float[Tensor, " n"]) -> tuple[Float[Tensor, " m"], Int[Tensor, " n"]]:
     """The distinct scores, ascending, and which of them each score is.
 
     Scores a few roundings apart are one: the same row of logits need not give the same bits at every place of a batch.
@@ -76,7 +76,7 @@ def distinct(scores: Float[Tensor, n]) -> tuple[Float[Tensor, m], Int[Tensor, n]
 def fit_logistic(
     features: Sequence[Float[Tensor, "n k"]],
     outcomes: Float[Tensor, "n k"],
-    weights: Float[Tensor, n] | None,
+    weights: Float[Tensor, " n"] | None,
     *,
     lower: Sequence[float] | None = None,
     prior: tuple[Sequence[float], Sequence[float]] | None = None,

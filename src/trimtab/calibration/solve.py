@@ -25,7 +25,7 @@ def newton(
     objective: Callable[[Tensor], Quadratic],
     start: Float[Tensor, "b d"],
     *,
-    lower: Float[Tensor, d] | None = None,
+    lower: Float[Tensor, " d"] | None = None,
     max_iterations: int = 200,
 ) -> Float[Tensor, "b d"]:
     """Minimise b convex functions of d variables each, side by side, by damped Newton steps.
@@ -79,11 +79,11 @@ def _damped_step(slope: Tensor, hessian: Tensor, held: Tensor, damping: Tensor) 
 
 def lbfgs(
     objective: Callable[[Tensor], tuple[Tensor, Tensor]],
-    start: Float[Tensor, d],
-    scale: Float[Tensor, d],
+    start: Float[Tensor, " d"],
+    scale: Float[Tensor, " d"],
     *,
     max_iterations: int = 2000,
-) -> Float[Tensor, d]:
+) -> Float[Tensor, " d"]:
     """Minimise one convex function of many variables by L-BFGS (SciPy's) in float64.
 
     Args:

@@ -36,6 +36,14 @@ def test_the_optimum_of_a_large_set(dtype):
     assert loss(found) <= best.fun + 1e-9
 
 
+def test_logits_beyond_single_precision():
+    logits, labels = overconfident(200, 4)
+    labels = labels.clamp(max=2)
+    beyond = logits.masked_fill(torch.arange(4) == 3, -1e300)
+    same = logits.masked_fill(torch.arange(4) == 3, -1e6)
+    assert TemperatureScaling().fit(beyond, labels).temperature == TemperatureScaling().fit(same, labels).temperature
+
+
 def test_at_the_bounds_it_says_so():
     labels = torch.tensor([0, 1, 2, 0])
     right = 3.0 * torch.eye(3)[labels]

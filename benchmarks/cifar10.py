@@ -94,4 +94,5 @@ def setup() -> Setup:
         test=batches(images[test], labels[test]),
         shifts=shifts,
         classes=source.classes,
+        title="ResNet-20 on CIFAR-10",
     )

@@ -87,4 +87,5 @@ def setup() -> Setup:
         test=batches(images, labels),
         shifts=shifts,
         classes=[str(digit) for digit in range(10)],
+        title="A small network for handwritten digits",
     )

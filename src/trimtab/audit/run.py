@@ -134,7 +134,7 @@ def _audit_model(
         raise InputError(f"classes must name {test.c} classes, got {len(setup.classes)}")
     shifted = {name: collect(f"shift {name}", loader) for name, loader in setup.shifts.items()}
     result = _measure_and_correct(
-        spec or type(setup.model).__name__, "model", calibration, test, shifted, out, work, settings
+        setup.title or spec or type(setup.model).__name__, "model", calibration, test, shifted, out, work, settings
     )
     cells = _follow_shifts(setup, spec, work, workers, settings)
     if setup.classes is not None:

@@ -28,6 +28,7 @@ class Setup:
             are used to measure only. Each loader is iterated several times and must yield the same batches each time.
         train: batches the model was trained on, for adapters that want them; may stay None.
         classes: names of the c classes; numbers are used where None.
+        title: what is audited, one line for the report; where the setup was found if None.
 
     Example:
         >>> import torch
@@ -43,6 +44,7 @@ class Setup:
     shifts: Mapping[str, Iterable[Any]] = field(default_factory=dict)
     train: Iterable[Any] | None = None
     classes: Sequence[str] | None = None
+    title: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):

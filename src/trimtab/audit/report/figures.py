@@ -164,10 +164,10 @@ def _marks(rows: list[Ranked], best: Ranked, *, chosen: bool) -> Figure:
 
 
 def _label(row: Ranked) -> str:
-    """A name on the axis, broken into lines of about sixteen characters so that a phone has room for the plot."""
+    """A name on the axis, broken into lines of about twenty characters so that a phone has room for the plot."""
     lines = [""]
     for word in row.name.split():
-        if lines[-1] and len(lines[-1]) + len(word) > 16:
+        if lines[-1] and len(lines[-1]) + len(word) > 20:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return "<br>".join(html.escape(line if len(line) <= 24 else line[:23] + "\u2026") for line in lines[:3]) + " "

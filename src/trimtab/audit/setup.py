@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -52,7 +52,7 @@ class Setup:
         for name, loader in {"calibration": self.calibration, "test": self.test, **self.shifts}.items():
             if not isinstance(loader, Iterable):
                 raise InputError(f"{name} must be an iterable of batches, got {type(loader).__name__}")
-            if iter(loader) is loader:
+            if isinstance(loader, Iterator):
                 raise InputError(f"{name} must be iterable more than once (a DataLoader or a list), got an iterator")
         if "none" in self.shifts:
             raise InputError("shifts must not use the name 'none', which stands for the test set itself")

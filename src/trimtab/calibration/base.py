@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import version
@@ -26,7 +27,8 @@ class Calibrator(nn.Module):
     hands it to `_store`; `_log_probs(logits, **needed)` maps logits to log-probabilities, differentiably. Its
     constructor keeps every argument under the argument's own name, and names the buffers to come with `_declare`.
     What `_fit` receives has been checked: finite logits in at least single precision, labels in range and of at least
-    two classes, weights > 0 (rows of weight zero are left out; None where all rows count alike).
+    two classes, weights > 0 (rows of weight zero are left out; None where all rows count alike). It runs without
+    gradients: one that trains by them does so under `torch.enable_grad`.
 
     Attributes:
         needs: fields of `Predictions` beyond logits and labels that `fit` and `forward` take by keyword
@@ -69,7 +71,7 @@ class Calibrator(nn.Module):
         n, c = x.shape
         y = checks.labels(labels, n, c).to(x.device)
         w = None if weights is None else _at_least_single(checks.weights(weights, n).detach()).to(x.device)
-        extra = {name: value.detach() for name, value in self._checked(needed, n, c).items()}
+        extra = {name: value.detach().to(x.device) for name, value in self._checked(needed, n, c).items()}
         if w is not None and bool((w == 0).any()):
             kept = w > 0
             x, y, w = x[kept], y[kept], w[kept]
@@ -105,10 +107,9 @@ class Calibrator(nn.Module):
         """Calibrated probabilities (n, c) whose rows sum to one: a tensor for a tensor, else a NumPy array."""
         x = checks.logits(logits)
         extra = self._checked(needed, *x.shape)
-        if not isinstance(logits, Tensor) and self.counts is not None:
-            x = x.to(self.counts.device)
+        place = x.device if isinstance(logits, Tensor) or self.counts is None else self.counts.device
         with torch.no_grad():
-            probs = self(x, **extra).softmax(-1)
+            probs = self(x.to(place), **{name: value.to(place) for name, value in extra.items()}).softmax(-1)
         return probs if isinstance(logits, Tensor) else probs.cpu().numpy()
 
     def transform(self, predictions: Predictions) -> Predictions:
@@ -117,7 +118,7 @@ class Calibrator(nn.Module):
         with torch.no_grad():
             log_probs = self(predictions.logits, **needed)
         # a probability of exactly zero becomes the smallest normal number, as in Predictions.read
-        log_probs = log_probs.clamp(min=float(np.log(torch.finfo(log_probs.dtype).tiny)))
+        log_probs = log_probs.masked_fill(log_probs.isneginf(), math.log(torch.finfo(log_probs.dtype).tiny))
         return Predictions(log_probs, predictions.labels, predictions.features, predictions.views, predictions.weights)
 
     def save(self, path: str | Path) -> None:

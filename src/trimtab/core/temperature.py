@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BOUNDS = (1e-2, 1e2)
-_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 1 << 17
 _SUBSAMPLE = 2000
 _FLAT = 1e-13  # mean loss that can still be won: none to speak of
 

@@ -43,7 +43,7 @@ def apart(tmp_path, monkeypatch):
 
 def execute(path, capsys, after=lambda namespace: None):
     """Run the page's blocks in one namespace; a text block holds what the block before it prints."""
-    namespace = {"__name__": "__main__"}
+    namespace = {"__name__": path.stem}
     printed = ""
     for kind, code in BLOCK.findall(path.read_text(encoding="utf-8")):
         if kind == "python":

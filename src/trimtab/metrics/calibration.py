@@ -29,6 +29,7 @@ from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.core.stats import Interval
 from trimtab.core.temperature import BOUNDS, fit_temperature
+from trimtab.core.threads import one_thread
 from trimtab.metrics import ranking, resampling
 from trimtab.metrics.binning import BINS
 from trimtab.metrics.measures import Named, measure_logits, study_columns
@@ -192,6 +193,7 @@ class CalibrationSuite(Metric):
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in measures.items()}
 
 
+@one_thread()
 def _checked(
     logits: Any, labels: Any, fit_logits: Any, fit_labels: Any, temperature: float | None, classes: int | None
 ) -> tuple[Float[Tensor, "n c"], Int[Tensor, " n"], float]:

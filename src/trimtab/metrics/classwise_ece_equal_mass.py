@@ -20,6 +20,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
+from trimtab.core.threads import one_thread
 from trimtab.metrics.binning import equal_mass, expected_errors, gap_sums, rank
 from trimtab.metrics.rows import Labels, Matrix, checked, columns
 
@@ -57,6 +58,7 @@ def classwise_calibration_error_equal_mass(
     return float(_errors(p, y, bins, include_lowest)[:kept].mean())
 
 
+@one_thread()
 def _errors(p: Float[Tensor, "n c"], y: Int[Tensor, " n"], bins: int, include_lowest: bool) -> Float[Tensor, " c"]:
     """The error of every class."""
     errors = []

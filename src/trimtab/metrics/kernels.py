@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
+from trimtab.core.threads import one_thread
 from trimtab.metrics.binning import Ranked, prefix
 
 _BLOCK_ELEMENTS = 1 << 18
@@ -15,6 +16,7 @@ _CELLS = 1 << 13
 _RESAMPLES = 32
 
 
+@one_thread()
 def laplace_error(ranked: Ranked, width: float) -> Float[Tensor, " r"]:
     """sqrt of the mean over pairs of gap_i gap_j exp(-|p_i - p_j| / width), in one pass over the sorted order.
 
@@ -40,6 +42,7 @@ def laplace_error(ranked: Ranked, width: float) -> Float[Tensor, " r"]:
     return total.clamp_(min=0).sqrt_() / ranked.n
 
 
+@one_thread()
 def density_error(ranked: Ranked) -> Float[Tensor, " r"]:
     """Integral of |x - accuracy(x)| under the confidences' density; NaN where there is no hit.
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
+from trimtab.core.threads import one_thread
 from trimtab.metrics import binning, kernels, ranking
 from trimtab.metrics.binning import BINS, Ranked
 from trimtab.metrics.rows import Losses, Rows, columns, probabilities, rows_of
@@ -47,6 +48,7 @@ class Measured(NamedTuple):
     by_class: ClassErrors
 
 
+@one_thread()
 def measure_logits(
     logits: Float[Tensor, "n c"],
     labels: Int[Tensor, " n"],
@@ -65,6 +67,7 @@ def measure_logits(
     return measure(rows, means, classwise, labels, temperatures, bins, classes=classes, weights=weights, kernel=kernel)
 
 
+@one_thread()
 def measure(
     rows: Sequence[Rows],
     means: Sequence[Named],
@@ -111,6 +114,7 @@ def study_columns(named: Sequence[Named]) -> Named:
     return {f"{when}_{name}": each[name] for when, each in zip(("pre", "post"), named) for name in COLUMNS}
 
 
+@one_thread()
 def top_label(ranked: Ranked, bins: Sequence[int]) -> Named:
     """ECE, ECE_em and MCE for every bin count, and KSCE."""
     width = binning.equal_width(ranked, bins)
@@ -128,6 +132,7 @@ def top_label(ranked: Ranked, bins: Sequence[int]) -> Named:
     return _in_parts(measure, ranked)
 
 
+@one_thread()
 def order(ranked: Ranked) -> Named:
     """How well confidence tells right from wrong: accuracy, mean confidence, AUROC, area under the risk."""
     values, hits = ranked.values[0], ranked.hits[0]

@@ -19,11 +19,13 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from trimtab.core import checks
+from trimtab.core.threads import one_thread
 from trimtab.metrics.binning import rank
 from trimtab.metrics.kernels import laplace_error
 from trimtab.metrics.rows import Labels, Matrix, top_label
 
 
+@one_thread()
 def maximum_mean_calibration_error(probs: Matrix, labels: Labels, width: float = 0.4) -> float:
     """sqrt((1/n^2) sum over pairs of (hit_i - p_i)(hit_j - p_j) exp(-|p_i - p_j| / width)), p the confidence.
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trimtab.core import checks
+from trimtab.core.threads import one_thread
 
 _BLOCK_ELEMENTS = 1 << 18
 _GROUP_ELEMENTS = 1 << 18
@@ -50,6 +51,7 @@ class Losses(NamedTuple):
     brier: Float[Tensor, " n"]
 
 
+@one_thread()
 def rows_of(
     logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], temperatures: Sequence[float]
 ) -> tuple[list[Rows], list[Losses]]:

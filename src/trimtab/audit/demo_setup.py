@@ -18,7 +18,7 @@ from trimtab.core.progress import track
 from trimtab.data import corrupt, digits
 
 WEIGHTS = Path(__file__).parent / "model.safetensors"
-SHIFTS = {"noise": ("impulse_noise", 5), "blur": ("defocus_blur", 5), "contrast": ("contrast", 3)}
+SHIFTS = {"noise": ("impulse_noise", 5), "fog": ("fog", 5), "low contrast": ("contrast", 5)}
 
 
 def network() -> nn.Module:

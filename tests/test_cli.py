@@ -138,7 +138,11 @@ def test_a_damaged_result_is_bad_input(capsys, tmp_path):
     [
         (InputError("logits must be finite,\nfound nan"), 2, "trimtab: logits must be finite, found nan\n"),
         (RuntimeError("lost"), 1, "trimtab: RuntimeError: lost (--debug shows where)\n"),
-        (KeyboardInterrupt(), 2, "trimtab: interrupted\n"),
+        (
+            KeyboardInterrupt(),
+            2,
+            "trimtab: interrupted; what is finished is kept, and the same command goes on from there\n",
+        ),
     ],
 )
 def test_errors_become_exit_codes(capsys, monkeypatch, error, code, message):

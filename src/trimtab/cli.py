@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -97,7 +98,7 @@ def audit(
     quiet: Quiet = False,
     form: Form = Format.text,
 ) -> None:
-    """Measure a model or a table of scores, correct it, and report; a run that was killed goes on where it stopped."""
+    """Measure a model or a table, correct it, and report."""
     from trimtab import audit as job
     from trimtab.core import progress
 
@@ -109,6 +110,7 @@ def audit(
         "onnx": onnx,
         "fresh": fresh,
     }
+    _tell_of_unfinished(out, fresh)
     with progress.display(not quiet):
         result = job.audit(source, out, calibration=calibration, **options)
     _print_audit(result, out, quiet, form)
@@ -126,7 +128,7 @@ def demo(
     quiet: Quiet = False,
     form: Form = Format.text,
 ) -> None:
-    """Train a small network on handwritten digits and audit it: the whole job on data that comes with the package."""
+    """Audit a small network that is trained on the spot."""
     from trimtab import audit as job
     from trimtab.core import progress
 
@@ -138,9 +140,15 @@ def demo(
         "onnx": onnx,
         "fresh": fresh,
     }
+    _tell_of_unfinished(out, fresh)
     with progress.display(not quiet):
         result = job.demo(out, **options)
     _print_audit(result, out, quiet, form)
+
+
+def _tell_of_unfinished(out: Path, fresh: bool) -> None:
+    if (out / ".work").is_dir() and not fresh:
+        typer.echo(f"trimtab: {out} holds an unfinished run; its pieces serve again where nothing changed", err=True)
 
 
 def _print_audit(result: Any, out: Path, quiet: bool, form: Format) -> None:
@@ -187,7 +195,7 @@ def show(
     if result is not None:
         from trimtab.claims.table import table
 
-        typer.echo(f"\nclaim   {result['statement']}")
+        typer.echo()
         _print(table([result]))
 
 
@@ -284,13 +292,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         place = error.ctx.command_path if error.ctx else "trimtab"
         _leave(f"{error.format_message()} (`{place} --help` says more)", 2)
     except InputError as error:
+        if "--debug" in given:
+            traceback.print_exc()
         _leave(str(error), 2)
     except Exception as error:
         if "--debug" in given:
             raise
         _leave(f"{type(error).__name__}: {error} (--debug shows where)", 1)
     if code == 130:
-        _leave("interrupted", 2)
+        _leave("interrupted; what is finished is kept, and the same command goes on from there", 2)
     sys.exit(code or 0)
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trimtab.audit import Setup, audit
 from trimtab.audit import run as run_module
+from trimtab.audit import setup as setups
 from trimtab.audit.result import AuditResult
 from trimtab.calibration import load
 from trimtab.core.checks import InputError
@@ -171,12 +172,15 @@ class Slow(TensorDataset):
     def __init__(self, name, *tensors):
         super().__init__(*tensors)
         self.name = name
+    def log(self, word):
+        with open(HERE / "read.log", "a") as log:
+            log.write(word + "\\n")
     def __getitem__(self, i):
-        if i == 0:
-            with open(HERE / "read.log", "a") as log:
-                log.write(self.name + "\\n")
-            if self.name == "second":
-                time.sleep(DELAY)
+        if i == 60 and self.name == "second" and (HERE / "wait").exists():
+            self.log("waiting")
+            time.sleep(600)
+        if i == 119:
+            self.log(self.name)
         return super().__getitem__(i)
 def setup():
     g = torch.Generator().manual_seed(0)
@@ -211,38 +215,54 @@ def wait_for(folder, word):
 
 
 def test_an_audit_that_was_killed_goes_on_where_it_was(tmp_path):
-    (tmp_path / "slow.py").write_text(SLOW_SETUP.replace("DELAY", "600"))
+    (tmp_path / "slow.py").write_text(SLOW_SETUP)
+    (tmp_path / "wait").touch()
     killed = start(tmp_path)
-    wait_for(tmp_path, "second")
+    wait_for(tmp_path, "waiting")
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert files(tmp_path / "out") == {".work"}
-    (tmp_path / "slow.py").write_text(SLOW_SETUP.replace("DELAY", "0"))
+    (tmp_path / "wait").unlink()
     again = start(tmp_path)
     _, errors = again.communicate()
     assert again.returncode == 0, errors
+    assert "holds an unfinished run" in errors
     read = (tmp_path / "read.log").read_text().split()
-    first_run = read.index("second") + 1
-    # the killed run had collected the calibration rows; the second reads them for the Fisher term of EATA alone
-    assert read[:first_run] == ["calibration", "test", "second"]
-    assert read[first_run] == "second"
+    # calibration and test were collected before the kill, and the shifted stream is what comes next
+    assert read[:4] == ["calibration", "test", "waiting", "second"]
     assert files(tmp_path / "out") >= TABLE_FILES
     assert ".work" not in files(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("manual_seed(0)\n    x", "manual_seed(1)\n    x"), ("y = (x[:, 0] > 0)", "y = (x[:, 1] > 0)")]
+)
+def test_an_audit_whose_data_changed_starts_over(tmp_path, old, new):
+    (tmp_path / "slow.py").write_text(SLOW_SETUP)
+    changed = SLOW_SETUP.replace(old, new)
+    assert changed != SLOW_SETUP
+    first = run_module._marks(setups.load(f"{tmp_path}/slow.py:setup"), None)
+    (tmp_path / "slow.py").write_text(changed)
+    second = run_module._marks(setups.load(f"{tmp_path}/slow.py:setup"), None)
+    assert first["model"] == second["model"]
+    assert first["data"] != second["data"]
+
+
 def test_an_interrupt_says_so_in_one_line_and_leaves_nothing_half_written(tmp_path):
-    (tmp_path / "slow.py").write_text(SLOW_SETUP.replace("DELAY", "600"))
+    (tmp_path / "slow.py").write_text(SLOW_SETUP)
+    (tmp_path / "wait").touch()
     running = start(tmp_path)
-    wait_for(tmp_path, "second")
+    wait_for(tmp_path, "waiting")
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate()
     assert running.returncode == 2
-    assert errors.strip() == "trimtab: interrupted"
+    assert errors.startswith("trimtab: interrupted; ")
+    assert errors.count("\n") == 1
     assert files(tmp_path / "out") == {".work"}
 
 
 def test_workers_give_the_cells_of_one_process(tmp_path):
-    (tmp_path / "slow.py").write_text(SLOW_SETUP.replace("DELAY", "0"))
+    (tmp_path / "slow.py").write_text(SLOW_SETUP)
     finished = start(tmp_path, "--workers", "2")
     _, errors = finished.communicate()
     assert finished.returncode == 0, errors

@@ -46,15 +46,15 @@ def test_a_failing_piece_leaves_nothing(tmp_path):
     work = Workspace(tmp_path, {})
     with pytest.raises(ZeroDivisionError):
         work.number("measure", lambda: 1 / 0)
-    assert [path.name for path in work.folder.iterdir()] == ["identity.json"]
+    assert not work.folder.exists()
 
 
 def test_the_fingerprint_sees_parameters_and_buffers():
     with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    before = fingerprint(model)
+    before = fingerprint(model.state_dict())
     model[1].num_batches_tracked += 1
-    after = fingerprint(model)
+    after = fingerprint(model.state_dict())
     with torch.no_grad():
         model[0].bias += 1
-    assert len({before, after, fingerprint(model)}) == 3
+    assert len({before, after, fingerprint(model.state_dict())}) == 3

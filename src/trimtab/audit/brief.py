@@ -26,5 +26,5 @@ def brief(result: AuditResult, out: Path) -> RenderableType:
         Text(" ".join(judgement.headline), style="bold"),
         Text(" ".join(judgement.sentences)),
         table,
-        Text(f"{result.n:,} rows measured. Report: {out / 'report.html'}"),
+        Text(f"{result.n:,} rows measured, corrections fitted on {result.n_fit:,}. Report: {out / 'report.html'}"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from trimtab.audit import correct, report, shifts
 from trimtab.audit import setup as setups
@@ -83,12 +84,16 @@ def audit(
             raise InputError("calibration goes with a table; a setup brings its own calibration batches")
         setup = source if isinstance(source, Setup) else setups.load(str(source))
         spec = None if isinstance(source, Setup) else str(source)
-        work = Workspace(out, _identity(settings, spec=spec, model=fingerprint(setup.model)), fresh=fresh)
+        work = Workspace(out, _identity(settings, spec=spec, **_marks(setup, spec)), fresh=fresh)
         with _warnings_kept() as warned:
             result = _audit_model(setup, spec, out, work, workers, settings)
         if onnx:
+            begun = time.perf_counter()
             export = correct.export_model(setup, load(out / correct.CALIBRATOR_FILE), out)
+            work.seconds["export to ONNX"] = time.perf_counter() - begun
             result = replace(result, notes=[*result.notes, *export])
+    elif Path(source).suffix == ".py":
+        raise InputError(f"{source} must be given with its function: {source}:setup")
     else:
         path, other = Path(source), Path(calibration) if calibration else None
         with Table.open(path) as table:
@@ -126,7 +131,14 @@ def _audit_model(
     setup: Setup, spec: str | None, out: Path, work: Workspace, workers: int, settings: Settings
 ) -> AuditResult:
     def collect(part: str, loader: Any) -> Predictions:
-        make = lambda: Predictions.collect(setup.model, loader, description=f"collect {part}")  # noqa: E731
+        def make() -> Predictions:
+            try:
+                return Predictions.collect(setup.model, loader, description=f"collect {part}")
+            except InputError as error:
+                raise InputError(f"{part}: {error}") from error
+            except Exception as error:
+                raise InputError(f"{part}: the model or its data raised {setups.told(error)}") from error
+
         return work.predictions(f"collect {part}", make)
 
     calibration, test = collect("calibration", setup.calibration), collect("test", setup.test)
@@ -141,16 +153,18 @@ def _audit_model(
         names = [str(name) for name in setup.classes]
         rows = [replace(row, name=name) for row, name in zip(result.per_class, names)]
         result = replace(result, classes=names, per_class=rows)
-    return replace(result, shifts=cells)
+    refused = dict.fromkeys(f"{cell.adapter} did not run: {cell.failed}." for cell in cells if cell.failed)
+    return replace(result, shifts=cells, notes=[*result.notes, *refused])
 
 
 def _audit_table(table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings) -> AuditResult:
+    if not other:
+        table.labels()  # refused before anything is read, with the columns that are there
     rows = Predictions(**table.read())
     if other:
         calibration, test = Predictions.read(other), rows
         note = f"The corrections were fitted on {other.name}."
     else:
-        rows.needed("labels")
         calibration, test = rows.split(0.5, 0.5, seed=settings.seed)
         note = (
             "The rows were split in two halves at random, stratified by label: the corrections were fitted on one, "
@@ -257,6 +271,37 @@ def _cell_name(shift: str, adapter: str) -> str:
 
 def _identity(settings: Settings, **of: Any) -> dict[str, Any]:
     return {**settings.__dict__, "trimtab": metadata.version("trimtab"), **of}
+
+
+def _marks(setup: Setup, spec: str | None) -> dict[str, Any]:
+    """What tells one state of a setup from another: its code, its weights, and the beginning and length of its data."""
+    loaders = {"calibration": setup.calibration, "test": setup.test, **setup.shifts}
+    marks = {name: [fingerprint(_first_tensors(name, loader)), _length(loader)] for name, loader in loaders.items()}
+    code = Path((spec or "").rpartition(":")[0])
+    return {
+        "code": _stamp(code) if code.suffix == ".py" else None,
+        "model": fingerprint(setup.model.state_dict()),
+        "data": marks,
+    }
+
+
+def _first_tensors(name: str, loader: Any) -> dict[str, Tensor]:
+    try:
+        batch = next(iter(loader))
+    except StopIteration:
+        raise InputError(f"{name} must yield at least one batch, it yielded none") from None
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name} raised {setups.told(error)}") from error
+    parts = (
+        batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, (tuple, list)) else [batch]))
+    )
+    return {str(key): value for key, value in parts.items() if isinstance(value, Tensor)}
+
+
+def _length(loader: Any) -> int | None:
+    return len(loader) if isinstance(loader, Sized) else None
 
 
 def _stamp(path: Path) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,17 +73,23 @@ def load(spec: str) -> Setup:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
+        raise InputError(f"{place} cannot be imported: {told(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"{place} has no function {name!r}")
     try:
         setup = function()
     except Exception as error:
-        raise InputError(f"{spec} raised {type(error).__name__}: {error}") from error
+        raise InputError(f"{spec} raised {told(error)}") from error
     if not isinstance(setup, Setup):
         raise InputError(f"{spec} must return a trimtab.audit.Setup, returned {type(setup).__name__}")
     return setup
+
+
+def told(error: Exception) -> str:
+    """An error of a user's own code in one line, with the place where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def _from_file(path: Path) -> ModuleType:

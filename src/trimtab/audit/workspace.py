@@ -6,12 +6,12 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from trimtab.core import persist
 from trimtab.core.predictions import Predictions
@@ -29,10 +29,9 @@ class Workspace:
 
     def __init__(self, out: Path, identity: dict[str, Any], *, fresh: bool = False) -> None:
         self.folder = out / ".work"
-        identity_file = self.folder / "identity.json"
-        if fresh or not identity_file.is_file() or json.loads(identity_file.read_text()) != identity:
+        self._identity = identity
+        if fresh or not self._identity_file.is_file() or json.loads(self._identity_file.read_text()) != identity:
             shutil.rmtree(self.folder, ignore_errors=True)
-            persist.write_json(identity_file, identity)
         self.seconds: dict[str, float] = {}
 
     def predictions(self, name: str, make: Callable[[], Predictions]) -> Predictions:
@@ -60,7 +59,13 @@ class Workspace:
 
     def keep(self, name: str, value: Any, seconds: float) -> None:
         """Keep a piece that was made elsewhere."""
+        if not self._identity_file.is_file():
+            persist.write_json(self._identity_file, self._identity)
         persist.write_text(self._path(name), json.dumps({"seconds": seconds, "value": value}))
+
+    @property
+    def _identity_file(self) -> Path:
+        return self.folder / "identity.json"
 
     def _entry(self, name: str) -> dict[str, Any]:
         return json.loads(self._path(name).read_text(encoding="utf-8"))
@@ -73,10 +78,10 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A short hash of the model's parameters and buffers."""
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of named tensors."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

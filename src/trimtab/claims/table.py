@@ -33,7 +33,12 @@ def table(results: Iterable[dict[str, Any]]) -> Group:
     """Each claim with its verdict and, below it, what every expectation measured."""
     drawn: list[RenderableType] = []
     for result in results:
-        seeds = f", {len(result['values'])} seeds" if result["values"] else ""
+        held = [expectation["verdict"] for expectation in result["expectations"]].count("holds")
+        seeds = (
+            f", {len(result['values'])} seeds, {held} of {len(result['expectations'])} expectations hold"
+            if held
+            else ""
+        )
         drawn += [Text.from_markup(f"[bold]{result['slug']}[/]  {_coloured(result)}{seeds}"), Text(result["statement"])]
         rows = Table.grid(Column(no_wrap=True), Column(no_wrap=True), Column(), padding=(0, 2))
         for expectation in result["expectations"]:

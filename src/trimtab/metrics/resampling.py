@@ -73,12 +73,16 @@ def _clamped(name: str, interval: Interval) -> Interval:
 
 def bootstrap_sentence(resamples: int) -> str:
     """How bootstrap intervals were made, for a report."""
-    return f"Intervals are bootstrap intervals from {resamples} resamples of the rows, centred at the estimate."
+    return (
+        f"Intervals are bootstrap intervals from {resamples} resamples of the rows, centred at the estimate; "
+        "that of the accuracy is exact (Clopper and Pearson)."
+    )
 
 
 def subsampling_sentence(subsets: int, size: int) -> str:
     """How subsampling intervals were made, for a report."""
     return (
         f"Intervals are by subsampling (Politis, Romano and Wolf): every measure on {subsets} random disjoint subsets "
-        f"of {size} rows, deviations scaled by the square root of {size} over the number of rows."
+        f"of {size} rows, deviations scaled by the square root of {size} over the number of rows; "
+        "that of the accuracy is exact (Clopper and Pearson)."
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimtab.core import checks
+from trimtab.core import checks, stats
 from trimtab.core.stats import Interval
 from trimtab.metrics import reliability, resampling, risk_coverage
 from trimtab.metrics.binning import Ranked, bin_sums, rank
@@ -146,7 +147,8 @@ def essentials(
     z = checks.logits(logits).detach()
     y = checks.labels(labels, *z.shape).to(z.device)
     drawn = resampling.weights(len(z), resamples, seed, z.device)
-    return resampling.intervals(_essentials(z, y, None), _essentials(z, y, drawn), level)
+    intervals = resampling.intervals(_essentials(z, y, None), _essentials(z, y, drawn), level)
+    return _exact_accuracy(intervals, z.argmax(1) == y, level)
 
 
 def _essentials(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], weights: Tensor | None) -> Named:
@@ -180,7 +182,7 @@ def assemble(
     return Summary(
         n=ranked.n,
         c=c,
-        headline=dict(intervals),
+        headline=_exact_accuracy(intervals, correct, level),
         reliability={name: values.tolist() for name, values in curve._asdict().items()},
         histogram=[int(k) for k in bin_sums(ranked.values, ranked.hits, _CELLS).samples[0]],
         risk_coverage=_some_points(ranked),
@@ -193,6 +195,13 @@ def assemble(
         interval_method=interval_method,
         level=level,
     )
+
+
+def _exact_accuracy(intervals: Mapping[str, Interval], correct: Tensor, level: float) -> dict[str, Interval]:
+    """The intervals with Clopper and Pearson's for the accuracy: resamples of rows that are all right never err."""
+    right, n = float(correct.sum()), float(len(correct))
+    low, high = stats.binomial_interval(np.array([right]), np.array([n]), level)
+    return {**intervals, "accuracy": Interval(right / n, float(low[0]), float(high[0]))}
 
 
 def _some_points(ranked: Ranked) -> list[tuple[float, float]]:

@@ -61,7 +61,10 @@ def shift(result: AuditResult, heat: Heat) -> str:
     tried = f"Of {plural(len(cells), 'pairing')} of a shift with an adapter"
     better, worse = (f"{cells.count(kind) or 'none'}" for kind in ("better", "worse"))
     counts = f"{better} did clearly better than not adapting and {worse} clearly worse."
-    return f"{text}{tried}, {counts}"
+    text = f"{text}{tried}, {counts}"
+    if "LAME" in others:
+        text += " Every adapter ran with its defaults; LAME is made for streams whose classes come in runs."
+    return text
 
 
 def risk(result: AuditResult) -> str:

@@ -11,6 +11,7 @@ from trimtab.audit.result import AuditResult, Ranked, ShiftCell, Triple
 
 UNSHIFTED = "none"
 _NEGLIGIBLE = 0.01  # one point: a calibration error, or a loss of accuracy, that is nothing to act on
+_FEW = 50  # rows below which intervals are themselves guesses
 _MOST = 2 / 3  # a correction that removes this share of the error removes "most of it"
 
 
@@ -72,6 +73,11 @@ def _state(result: AuditResult) -> tuple[str, str]:
     gap, low, high = confidence_gap(result.before)
     claim, truth = f"the model claims {percent(confidence[0])} confidence on average", f"{percent(accuracy[0])} of its "
     truth += "predictions are right"
+    if result.n < _FEW:
+        return (
+            "Too few rows to tell",
+            f"{claim} and {truth}, but {plural(result.n, 'row')} cannot show how far apart these are",
+        )
     if _negligible(result):
         return "Well calibrated, to within one point", f"{claim} and {truth}"
     if not math.isfinite(low):

@@ -46,7 +46,7 @@ def fit_temperature(
     if n > 10 * _SUBSAMPLE:
         chosen = slice(None, None, n // _SUBSAMPLE)
         s, _ = _minimise(
-            logits[chosen], labels[chosen], None if weights is None else weights[chosen], s, 1e-4, max_passes
+            logits[chosen], labels[chosen], None if weights is None else weights[chosen], s, 1e-2, max_passes
         )
     s, converged = _minimise(logits, labels, weights, s, tolerance, max_passes)
     if not converged:
@@ -85,23 +85,22 @@ def _derivatives(logits: Tensor, labels: Tensor, weights: Tensor | None, s: floa
     """Slope and curvature in s of the summed loss: E_p[z] - z_y and Var_p[z], added over the rows."""
     n, c = logits.shape
     rows = max(1, _BLOCK_ELEMENTS // c)
-    slope = torch.zeros((), dtype=torch.float64)
-    curvature = torch.zeros((), dtype=torch.float64)
+    single = torch.float32
+    total, first, second, own = torch.empty(4, n, dtype=single, device=logits.device)
     for start in range(0, n, rows):
-        z = logits[start : start + rows]
-        if z.dtype in (torch.float16, torch.bfloat16):
-            z = z.float()
-        z = z - z.amax(1, keepdim=True)
-        if z.dtype == torch.float64:
-            z = z.float().clamp_(min=torch.finfo(torch.float32).min)
+        part = slice(start, start + rows)
+        z = logits[part]
+        z = (z - z.amax(1, keepdim=True)).to(single)
+        if logits.dtype == torch.float64:
+            z.clamp_(min=torch.finfo(single).min)
+        own[part] = z.gather(1, labels[part, None])[:, 0]
         e = (z * s).exp_()
-        total = e.sum(1)
+        torch.sum(e, 1, out=total[part])
         e *= z
-        mean = e.sum(1) / total
-        variance = torch.linalg.vecdot(e, z) / total - mean**2
-        gap = mean - z.gather(1, labels[start : start + rows, None])[:, 0]
-        if weights is not None:
-            gap, variance = gap * weights[start : start + rows], variance * weights[start : start + rows]
-        slope += gap.sum(dtype=torch.float64).cpu()
-        curvature += variance.sum(dtype=torch.float64).cpu()
-    return float(slope), float(curvature)
+        torch.sum(e, 1, out=first[part])
+        torch.linalg.vecdot(e, z, out=second[part])
+    mean = first.div_(total)
+    gap, variance = mean - own, second.div_(total).sub_(mean * mean)
+    if weights is not None:
+        gap, variance = gap * weights, variance * weights
+    return float(gap.sum(dtype=torch.float64)), float(variance.sum(dtype=torch.float64))

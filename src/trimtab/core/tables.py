@@ -220,13 +220,13 @@ class Table:
         values = column.flatten()
         if values.null_count:
             row = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False))) // self.c
-            raise InputError(f"{self.path}: values must not be missing, found none at row {start + row}")
+            raise InputError(f"{self.path}: values must not be missing, found a null at row {start + row}")
         return self._numpy(values, start).reshape(-1, self.c).copy()
 
     def _numpy(self, column: pa.Array, start: int) -> np.ndarray:
         if column.null_count:
             row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-            raise InputError(f"{self.path}: values must not be missing, found none at row {start + row}")
+            raise InputError(f"{self.path}: values must not be missing, found a null at row {start + row}")
         if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
             raise InputError(f"{self.path}: columns must be numeric, found one of type {column.type}")
         return column.to_numpy(zero_copy_only=False)

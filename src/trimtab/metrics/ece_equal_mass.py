@@ -15,12 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from trimtab.core import checks
-from trimtab.metrics.binning import equal_mass, expected_errors, gap_sums, rank
-from trimtab.metrics.rows import Labels, Matrix, top_label
+from trimtab.metrics.binning import equal_mass, expected_errors, gap_sums
+from trimtab.metrics.confidences import ConfidenceMetric
+from trimtab.metrics.rows import Labels, Matrix
 
 
 def expected_calibration_error_equal_mass(
@@ -57,7 +56,7 @@ def expected_calibration_error_equal_mass(
     return float(metric.compute())
 
 
-class ExpectedCalibrationErrorEqualMass(Metric):
+class ExpectedCalibrationErrorEqualMass(ConfidenceMetric):
     """`expected_calibration_error_equal_mass` over batches; its state is all confidences, as quantiles need them.
 
     Example:
@@ -68,27 +67,15 @@ class ExpectedCalibrationErrorEqualMass(Metric):
         tensor(0.2500, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    confidence: list[Tensor]
-    correct: list[Tensor]
 
     def __init__(self, bins: int = 15, *, include_lowest: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.bins = checks.integer(bins, "bins", low=1)
         self.include_lowest = include_lowest
-        self.add_state("confidence", [], dist_reduce_fx="cat")
-        self.add_state("correct", [], dist_reduce_fx="cat")
-
-    def update(self, probs: Matrix, labels: Labels) -> None:
-        """Add a batch: probabilities (n, c) and labels (n,)."""
-        confidence, correct = top_label(probs, labels)
-        self.confidence.append(confidence)
-        self.correct.append(correct)
 
     def compute(self) -> Tensor:
         """The error of all batches together."""
-        ranked = rank(dim_zero_cat(self.confidence)[None], dim_zero_cat(self.correct)[None])
+        ranked = self._ranked()
         places = equal_mass(ranked, None, [self.bins], include_lowest=self.include_lowest)
         return expected_errors(gap_sums(ranked), places, [self.bins])[0, 0]

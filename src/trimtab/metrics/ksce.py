@@ -9,14 +9,11 @@ confidences in the order in which they come; here a tied group is one step, so t
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from trimtab.metrics.binning import gap_sums, largest_partial_sum, last_of_ties, rank
-from trimtab.metrics.rows import Labels, Matrix, top_label
+from trimtab.metrics.binning import gap_sums, largest_partial_sum, last_of_ties
+from trimtab.metrics.confidences import ConfidenceMetric
+from trimtab.metrics.rows import Labels, Matrix
 
 
 def kolmogorov_smirnov_error(probs: Matrix, labels: Labels) -> float:
@@ -46,7 +43,7 @@ def kolmogorov_smirnov_error(probs: Matrix, labels: Labels) -> float:
     return float(metric.compute())
 
 
-class KolmogorovSmirnovError(Metric):
+class KolmogorovSmirnovError(ConfidenceMetric):
     """`kolmogorov_smirnov_error` over batches; its state is all confidences.
 
     Example:
@@ -57,24 +54,9 @@ class KolmogorovSmirnovError(Metric):
         tensor(0.2500, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    confidence: list[Tensor]
-    correct: list[Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("confidence", [], dist_reduce_fx="cat")
-        self.add_state("correct", [], dist_reduce_fx="cat")
-
-    def update(self, probs: Matrix, labels: Labels) -> None:
-        """Add a batch: probabilities (n, c) and labels (n,)."""
-        confidence, correct = top_label(probs, labels)
-        self.confidence.append(confidence)
-        self.correct.append(correct)
 
     def compute(self) -> Tensor:
         """The error of all batches together."""
-        ranked = rank(dim_zero_cat(self.confidence)[None], dim_zero_cat(self.correct)[None])
+        ranked = self._ranked()
         return largest_partial_sum(gap_sums(ranked), last_of_ties(ranked.values[0]))[0]

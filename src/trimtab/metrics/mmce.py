@@ -15,14 +15,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from trimtab.core import checks
 from trimtab.core.threads import one_thread
-from trimtab.metrics.binning import rank
+from trimtab.metrics.confidences import ConfidenceMetric
 from trimtab.metrics.kernels import laplace_error
-from trimtab.metrics.rows import Labels, Matrix, top_label
+from trimtab.metrics.rows import Labels, Matrix
 
 
 @one_thread()
@@ -54,7 +52,7 @@ def maximum_mean_calibration_error(probs: Matrix, labels: Labels, width: float =
     return float(metric.compute())
 
 
-class MaximumMeanCalibrationError(Metric):
+class MaximumMeanCalibrationError(ConfidenceMetric):
     """`maximum_mean_calibration_error` over batches; its state is all confidences.
 
     Example:
@@ -65,25 +63,13 @@ class MaximumMeanCalibrationError(Metric):
         tensor(0.2500, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    confidence: list[Tensor]
-    correct: list[Tensor]
 
     def __init__(self, width: float = 0.4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.width = checks.number(width, "width", low=0.01)
-        self.add_state("confidence", [], dist_reduce_fx="cat")
-        self.add_state("correct", [], dist_reduce_fx="cat")
-
-    def update(self, probs: Matrix, labels: Labels) -> None:
-        """Add a batch: probabilities (n, c) and labels (n,)."""
-        confidence, correct = top_label(probs, labels)
-        self.confidence.append(confidence)
-        self.correct.append(correct)
 
     def compute(self) -> Tensor:
         """The error of all batches together."""
-        ranked = rank(dim_zero_cat(self.confidence)[None], dim_zero_cat(self.correct)[None])
+        ranked = self._ranked()
         return laplace_error(ranked, self.width)[0]

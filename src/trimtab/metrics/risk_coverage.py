@@ -9,14 +9,13 @@ tied confidences in the order of the rows; here a tied group is taken as a whole
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from trimtab.metrics.binning import Ranked, rank, tie_ends
+from trimtab.metrics.confidences import ConfidenceMetric
 from trimtab.metrics.ranking import area_under_risk, cumulative
 from trimtab.metrics.rows import Labels, Matrix, top_label
 
@@ -78,7 +77,7 @@ def aurc(probs: Matrix, labels: Labels) -> float:
         Geifman, Uziel, El-Yaniv, arXiv 1805.08206.
     """
     confidence, correct = top_label(probs, labels)
-    return float(_area(confidence, correct))
+    return float(_area(rank(confidence[None], correct[None])))
 
 
 def curve_of(ranked: Ranked) -> RiskCoverage:
@@ -96,14 +95,13 @@ def _above(ranked: Ranked) -> tuple[Float[Tensor, " points"], Float[Tensor, " po
     return (right[-1] - right[:-1]).flip(0) + errors, errors
 
 
-def _area(confidence: Float[Tensor, " n"], correct: Bool[Tensor, " n"]) -> Float[Tensor, ""]:
-    ranked = rank(confidence[None], correct[None])
+def _area(ranked: Ranked) -> Float[Tensor, ""]:
     ends = tie_ends(ranked.values[0])
     right, wrong = (cumulative(kind, None, ends) for kind in (ranked.hits[0], ~ranked.hits[0]))
     return area_under_risk(right + wrong, wrong)[0]
 
 
-class RiskCoverageCurve(Metric):
+class RiskCoverageCurve(ConfidenceMetric):
     """`risk_coverage_curve` over batches; its state is all confidences.
 
     Example:
@@ -114,28 +112,12 @@ class RiskCoverageCurve(Metric):
         [0.0, 0.5]
     """
 
-    is_differentiable = False
-    full_state_update = False
-    confidence: list[Tensor]
-    correct: list[Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("confidence", [], dist_reduce_fx="cat")
-        self.add_state("correct", [], dist_reduce_fx="cat")
-
-    def update(self, probs: Matrix, labels: Labels) -> None:
-        """Add a batch: probabilities (n, c) and labels (n,)."""
-        confidence, correct = top_label(probs, labels)
-        self.confidence.append(confidence)
-        self.correct.append(correct)
-
     def compute(self) -> RiskCoverage:
         """The curve of all batches together."""
-        return curve_of(rank(dim_zero_cat(self.confidence)[None], dim_zero_cat(self.correct)[None]))
+        return curve_of(self._ranked())
 
 
-class AURC(Metric):
+class AURC(ConfidenceMetric):
     """`aurc` over batches; its state is all confidences.
 
     Example:
@@ -146,23 +128,8 @@ class AURC(Metric):
         tensor(0.2500, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    confidence: list[Tensor]
-    correct: list[Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("confidence", [], dist_reduce_fx="cat")
-        self.add_state("correct", [], dist_reduce_fx="cat")
-
-    def update(self, probs: Matrix, labels: Labels) -> None:
-        """Add a batch: probabilities (n, c) and labels (n,)."""
-        confidence, correct = top_label(probs, labels)
-        self.confidence.append(confidence)
-        self.correct.append(correct)
 
     def compute(self) -> Tensor:
         """The area of all batches together."""
-        return _area(dim_zero_cat(self.confidence), dim_zero_cat(self.correct))
+        return _area(self._ranked())

@@ -1,0 +1,36 @@
+"""The state of measures that need all confidences in order, not only sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from trimtab.metrics.binning import Ranked, rank
+from trimtab.metrics.rows import Labels, Matrix, top_label
+
+
+class ConfidenceMetric(Metric):
+    """Keeps every prediction's confidence and whether it was right; a measure adds `compute`."""
+
+    is_differentiable = False
+    full_state_update = False
+    confidence: list[Tensor]
+    correct: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("confidence", [], dist_reduce_fx="cat")
+        self.add_state("correct", [], dist_reduce_fx="cat")
+
+    def update(self, probs: Matrix, labels: Labels) -> None:
+        """Add a batch: probabilities (n, c) and labels (n,)."""
+        confidence, correct = top_label(probs, labels)
+        self.confidence.append(confidence)
+        self.correct.append(correct)
+
+    def _ranked(self) -> Ranked:
+        """All batches together, by ascending confidence."""
+        return rank(dim_zero_cat(self.confidence)[None], dim_zero_cat(self.correct)[None])

@@ -11,9 +11,10 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -100,9 +101,8 @@ def audit(
 ) -> None:
     """Measure a model or a table, correct it, and report."""
     from trimtab import audit as job
-    from trimtab.core import progress
 
-    options: dict[str, Any] = {
+    options = {
         "seed": seed,
         "workers": workers,
         "resamples": resamples,
@@ -110,10 +110,7 @@ def audit(
         "onnx": onnx,
         "fresh": fresh,
     }
-    _tell_of_unfinished(out, fresh)
-    with progress.display(not quiet):
-        result = job.audit(source, out, calibration=calibration, **options)
-    _print_audit(result, out, quiet, form)
+    _run(partial(job.audit, source, calibration=calibration), out, quiet, form, options)
 
 
 @app.command()
@@ -130,9 +127,8 @@ def demo(
 ) -> None:
     """Audit a small network that is trained on the spot."""
     from trimtab import audit as job
-    from trimtab.core import progress
 
-    options: dict[str, Any] = {
+    options = {
         "seed": seed,
         "workers": workers,
         "resamples": resamples,
@@ -140,18 +136,17 @@ def demo(
         "onnx": onnx,
         "fresh": fresh,
     }
-    _tell_of_unfinished(out, fresh)
-    with progress.display(not quiet):
-        result = job.demo(out, **options)
-    _print_audit(result, out, quiet, form)
+    _run(job.demo, out, quiet, form, options)
 
 
-def _tell_of_unfinished(out: Path, fresh: bool) -> None:
-    if (out / ".work").is_dir() and not fresh:
+def _run(job: Callable[..., Any], out: Path, quiet: bool, form: Format, options: dict[str, Any]) -> None:
+    """Audit, show progress, and print what was found."""
+    from trimtab.core import progress
+
+    if (out / ".work").is_dir() and not options["fresh"]:
         typer.echo(f"trimtab: {out} holds an unfinished run; its pieces serve again where nothing changed", err=True)
-
-
-def _print_audit(result: Any, out: Path, quiet: bool, form: Format) -> None:
+    with progress.display(not quiet):
+        result = job(out=out, **options)
     if form is Format.json:
         typer.echo((out / "audit.json").read_text(encoding="utf-8"), nl=False)
     elif not quiet:

@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trimtab.audit.result import Ranked, Triple, rebuild
 from trimtab.audit.setup import Setup
 from trimtab.audit.workspace import Workspace
@@ -105,10 +103,6 @@ def rank_and_choose(
 
 def _row(score: select.Score, best: select.Score, chosen: bool) -> dict[str, Any]:
     """What the ranking says of one calibrator, as plain data."""
-    error = float("nan")
-    if score.failed is None:
-        behind = np.subtract(score.fold_losses, best.fold_losses)
-        error = float(behind.std(ddof=1) / len(behind) ** 0.5)
     return {
         "name": _spaced(score.calibrator.__name__),
         "symbol": score.calibrator.__name__,
@@ -117,7 +111,7 @@ def _row(score: select.Score, best: select.Score, chosen: bool) -> dict[str, Any
         "seconds": score.seconds,
         "chosen": chosen,
         "failed": score.failed,
-        "difference_error": error,
+        "difference_error": float("nan") if score.failed else score.behind(best)[1],
     }
 
 

@@ -40,6 +40,11 @@ class Score:
     seconds: float
     failed: str | None = None
 
+    def behind(self, best: Score) -> tuple[float, float]:
+        """How much larger the loss is than that of `best`, fold by fold: the mean, and its standard error."""
+        differences = np.subtract(self.fold_losses, best.fold_losses)
+        return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
+
 
 def rank(
     predictions: Predictions,
@@ -114,8 +119,8 @@ def one_standard_error(scores: Sequence[Score], simplest_first: Sequence[type[Ca
     order = {kind: place for place, kind in enumerate(simplest_first)}
 
     def as_good(score: Score) -> bool:
-        behind = np.subtract(score.fold_losses, best.fold_losses)
-        return bool(behind.mean() <= behind.std(ddof=1) / math.sqrt(len(behind)))
+        mean, error = score.behind(best)
+        return mean <= error
 
     return min(filter(as_good, sound), key=lambda score: (order.get(score.calibrator, len(order)), score.log_loss))
 

@@ -107,7 +107,27 @@ def _curve(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> Roc:
     return Roc(false / false[-1], true / true[-1], thresholds)
 
 
-class RocCurve(Metric):
+class _ScoreMetric(Metric):
+    """Keeps all scores and which are positive; a measure adds `compute`."""
+
+    is_differentiable = False
+    full_state_update = False
+    scores: list[Tensor]
+    positives: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self.add_state("positives", [], dist_reduce_fx="cat")
+
+    def update(self, scores: Scores, positives: Positives) -> None:
+        """Add a batch: scores (n,) and which are positive (n,)."""
+        s, positive = _checked(scores, positives, both=False)
+        self.scores.append(s)
+        self.positives.append(positive)
+
+
+class RocCurve(_ScoreMetric):
     """`roc_curve` over batches; its state is all scores.
 
     Example:
@@ -118,28 +138,12 @@ class RocCurve(Metric):
         [0.0, 0.5, 1.0, 1.0]
     """
 
-    is_differentiable = False
-    full_state_update = False
-    scores: list[Tensor]
-    positives: list[Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("scores", [], dist_reduce_fx="cat")
-        self.add_state("positives", [], dist_reduce_fx="cat")
-
-    def update(self, scores: Scores, positives: Positives) -> None:
-        """Add a batch: scores (n,) and which are positive (n,)."""
-        s, positive = _checked(scores, positives, both=False)
-        self.scores.append(s)
-        self.positives.append(positive)
-
     def compute(self) -> Roc:
         """The curve of all batches together."""
         return _curve(dim_zero_cat(self.scores), _both_kinds(dim_zero_cat(self.positives)))
 
 
-class RocAuc(Metric):
+class RocAuc(_ScoreMetric):
     """`roc_auc` over batches; its state is all scores.
 
     Example:
@@ -150,22 +154,7 @@ class RocAuc(Metric):
         tensor(0.8750, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    scores: list[Tensor]
-    positives: list[Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("scores", [], dist_reduce_fx="cat")
-        self.add_state("positives", [], dist_reduce_fx="cat")
-
-    def update(self, scores: Scores, positives: Positives) -> None:
-        """Add a batch: scores (n,) and which are positive (n,)."""
-        s, positive = _checked(scores, positives, both=False)
-        self.scores.append(s)
-        self.positives.append(positive)
 
     def compute(self) -> Tensor:
         """The area of all batches together."""

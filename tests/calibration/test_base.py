@@ -236,7 +236,7 @@ def test_unfitted(kind, tmp_path):
     name = kind.__name__
     with pytest.raises(InputError, match=f"{name} is not fitted: call fit"):
         calibrator(torch.zeros(2, 3))
-    with pytest.raises(InputError, match=f"{name} is not fitted: there is nothing to save"):
+    with pytest.raises(InputError, match=f"{name} is not fitted: call fit"):
         calibrator.save(tmp_path / "calibrator.safetensors")
     assert not list(tmp_path.iterdir())
 

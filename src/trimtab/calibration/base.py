@@ -20,13 +20,60 @@ from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
 
 
-class Calibrator(nn.Module):
+class Fitted(nn.Module):
+    """What a fit leaves behind: all state in buffers, written to disk as safetensors with its description beside it.
+
+    A subclass's constructor keeps every argument under the argument's own name and names the buffers to come with
+    `_declare`; its `fit` hands them to `_store`. It can then be saved, loaded, moved and nested like any module.
+    """
+
+    @property
+    def fitted(self) -> bool:
+        """Whether every declared buffer holds a value."""
+        return all(value is not None for value in self._buffers.values())
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to `path` (safetensors) and the description beside it (``.json``), for `load`."""
+        self._must_be_fitted()
+        meta = {"class": type(self).__name__, "arguments": self._arguments(), "trimtab": version("trimtab")}
+        persist.save(path, self.state_dict(), meta)
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments, for ``repr``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
+
+    def _must_be_fitted(self) -> None:
+        if not self.fitted:
+            raise InputError(f"{type(self).__name__} is not fitted: call fit, or load a fitted state, first")
+
+    def _declare(self, *names: str) -> None:
+        """Name buffers that `fit` will store; they are None until then."""
+        for name in names:
+            self.register_buffer(name, None)
+
+    def _store(self, like: Tensor, **state: Tensor) -> None:
+        """Keep the fitted state in declared buffers, on the device and in the precision of `like`."""
+        for name, value in state.items():
+            setattr(self, name, value.to(like) if value.is_floating_point() else value.to(like.device))
+
+    def _arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Buffers take the shapes that come, so that a state fits a module that was never fitted."""
+        for name, buffer in self._buffers.items():
+            incoming = state_dict.get(prefix + name)
+            if incoming is not None:
+                place = incoming.device if buffer is None else buffer.device
+                self._buffers[name] = torch.empty_like(incoming, device=place)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Calibrator(Fitted):
     """Turns logits into calibrated log-probabilities: fitted once on held-out scores, then a layer like any other.
 
     A new calibrator is a subclass with two methods. `_fit(logits, labels, weights, **needed)` finds the state and
-    hands it to `_store`; `_log_probs(logits, **needed)` maps logits to log-probabilities, differentiably. Its
-    constructor keeps every argument under the argument's own name, and names the buffers to come with `_declare`.
-    What `_fit` receives has been checked: finite logits in at least single precision, labels in range and of at least
+    hands it to `_store`; `_log_probs(logits, **needed)` maps logits to log-probabilities, differentiably. What `_fit` receives has been checked: finite logits in at least single precision, labels in range and of at least
     two classes, weights > 0 (rows of weight zero are left out; None where all rows count alike). It runs without
     gradients: one that trains by them does so under `torch.enable_grad`.
 
@@ -97,8 +144,8 @@ class Calibrator(nn.Module):
         Raises:
             InputError: the calibrator is not fitted, or was fitted to another number of classes.
         """
-        if self.counts is None:
-            raise InputError(f"{type(self).__name__} is not fitted: call fit, or load a fitted state_dict, first")
+        self._must_be_fitted()
+        assert self.counts is not None
         if logits.shape[-1] != self.counts.shape[0]:
             raise InputError(f"logits must have {self.counts.shape[0]} columns as in fit, got {tuple(logits.shape)}")
         return self._log_probs(_at_least_single(logits), **needed).to(logits.dtype)
@@ -121,30 +168,6 @@ class Calibrator(nn.Module):
         log_probs = log_probs.masked_fill(log_probs.isneginf(), math.log(torch.finfo(log_probs.dtype).tiny))
         return Predictions(log_probs, predictions.labels, predictions.features, predictions.views, predictions.weights)
 
-    def save(self, path: str | Path) -> None:
-        """Write the state to `path` (safetensors) and the description beside it (``.json``), for `load`."""
-        if self.counts is None:
-            raise InputError(f"{type(self).__name__} is not fitted: there is nothing to save")
-        meta = {"class": type(self).__name__, "arguments": self._arguments(), "trimtab": version("trimtab")}
-        persist.save(path, self.state_dict(), meta)
-
-    def extra_repr(self) -> str:
-        """The constructor's arguments, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
-
-    def _declare(self, *names: str) -> None:
-        """Name buffers that `_fit` will store; they are None until then."""
-        for name in names:
-            self.register_buffer(name, None)
-
-    def _store(self, like: Tensor, **state: Tensor) -> None:
-        """Keep the fitted state in declared buffers, on the device and in the precision of the logits `like`."""
-        for name, value in state.items():
-            setattr(self, name, value.to(like) if value.is_floating_point() else value.to(like.device))
-
-    def _arguments(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-
     def _checked(self, needed: Mapping[str, Any], n: int, c: int) -> dict[str, Tensor]:
         """The keyword arguments that `needs` names, checked."""
         if set(needed) != self.needs:
@@ -159,20 +182,11 @@ class Calibrator(nn.Module):
                 raise InputError(f"{name} must have {n} rows, got {len(out[name])}")
         return out
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """Buffers take the shapes that come, so that a state fits a calibrator that was never fitted."""
-        for name, buffer in self._buffers.items():
-            incoming = state_dict.get(prefix + name)
-            if incoming is not None:
-                place = incoming.device if buffer is None else buffer.device
-                self._buffers[name] = torch.empty_like(incoming, device=place)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
+def load(path: str | Path) -> Any:
+    """Read the calibrator, or whatever else of this stage, that `save` wrote.
 
-def load(path: str | Path) -> Calibrator:
-    """Read the calibrator that `Calibrator.save` wrote.
-
-    Only the calibrators that `trimtab.calibration` exports are built, and only from tensors and JSON: nothing in the
+    Only the classes that `trimtab.calibration` exports are built, and only from tensors and JSON: nothing in the
     files is executed.
 
     Raises:
@@ -193,8 +207,8 @@ def load(path: str | Path) -> Calibrator:
     rooms = import_module("trimtab.calibration")
     name = meta.get("class") if isinstance(meta, dict) else None
     kind = getattr(rooms, name) if isinstance(name, str) and name in rooms.__all__ else None
-    if not (isinstance(kind, type) and issubclass(kind, Calibrator) and kind is not Calibrator):
-        raise InputError(f"{path}: the class must be a calibrator of trimtab.calibration, found {name!r}")
+    if not (isinstance(kind, type) and issubclass(kind, Fitted) and kind not in (Fitted, Calibrator)):
+        raise InputError(f"{path}: the class must be one of trimtab.calibration, found {name!r}")
     try:
         calibrator = kind(**meta["arguments"])
         calibrator.load_state_dict(state)

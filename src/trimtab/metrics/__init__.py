@@ -8,11 +8,26 @@ from trimtab.metrics.classwise_ece_equal_mass import (
     ClasswiseCalibrationErrorEqualMass,
     classwise_calibration_error_equal_mass,
 )
+from trimtab.metrics.detection import (
+    DetectionECE,
+    LaACE,
+    LaECE,
+    LocalisationRecallPrecision,
+    LRPParts,
+    detection_ece,
+    laace,
+    laace_per_class,
+    laece,
+    laece_per_class,
+    lrp,
+    lrp_optimal_thresholds,
+)
 from trimtab.metrics.ece import ExpectedCalibrationError, expected_calibration_error
 from trimtab.metrics.ece_equal_mass import ExpectedCalibrationErrorEqualMass, expected_calibration_error_equal_mass
 from trimtab.metrics.harmonic import HarmonicCalibrationScore, harmonic_calibration_score
 from trimtab.metrics.kdece import KernelDensityError, kernel_density_error
 from trimtab.metrics.ksce import KolmogorovSmirnovError, kolmogorov_smirnov_error
+from trimtab.metrics.matching import Matches, match_detections
 from trimtab.metrics.mce import MaximumCalibrationError, maximum_calibration_error
 from trimtab.metrics.measures import COLUMNS
 from trimtab.metrics.mmce import MaximumMeanCalibrationError, maximum_mean_calibration_error
@@ -34,11 +49,17 @@ __all__ = [
     "CalibrationSuite",
     "ClasswiseCalibrationError",
     "ClasswiseCalibrationErrorEqualMass",
+    "DetectionECE",
     "ExpectedCalibrationError",
     "ExpectedCalibrationErrorEqualMass",
     "HarmonicCalibrationScore",
     "KernelDensityError",
     "KolmogorovSmirnovError",
+    "LRPParts",
+    "LaACE",
+    "LaECE",
+    "LocalisationRecallPrecision",
+    "Matches",
     "MaximumCalibrationError",
     "MaximumMeanCalibrationError",
     "NegativeLogLikelihood",
@@ -59,12 +80,20 @@ __all__ = [
     "classwise_calibration_error",
     "classwise_calibration_error_equal_mass",
     "compare",
+    "detection_ece",
     "essentials",
     "expected_calibration_error",
     "expected_calibration_error_equal_mass",
     "harmonic_calibration_score",
     "kernel_density_error",
     "kolmogorov_smirnov_error",
+    "laace",
+    "laace_per_class",
+    "laece",
+    "laece_per_class",
+    "lrp",
+    "lrp_optimal_thresholds",
+    "match_detections",
     "maximum_calibration_error",
     "maximum_mean_calibration_error",
     "negative_log_likelihood",

@@ -2,11 +2,14 @@
 
 from trimtab.calibration.base import Calibrator, load
 from trimtab.calibration.beta import BetaCalibration
+from trimtab.calibration.conformal import ConformalSets
 from trimtab.calibration.ensemble_temperature import EnsembleTemperatureScaling
 from trimtab.calibration.histogram import HistogramBinning
 from trimtab.calibration.isotonic import IsotonicCalibration
 from trimtab.calibration.matrix import MatrixScaling
 from trimtab.calibration.platt import PlattScaling
+from trimtab.calibration.self_ensemble import SelfEnsemble, batch_calibration, self_ensemble
+from trimtab.calibration.selective import SelectivePrediction
 from trimtab.calibration.temperature import TemperatureScaling
 from trimtab.calibration.uncalibrated import Uncalibrated
 from trimtab.calibration.vector import VectorScaling
@@ -28,13 +31,18 @@ __all__ = [
     "CALIBRATORS",
     "BetaCalibration",
     "Calibrator",
+    "ConformalSets",
     "EnsembleTemperatureScaling",
     "HistogramBinning",
     "IsotonicCalibration",
     "MatrixScaling",
     "PlattScaling",
+    "SelfEnsemble",
+    "SelectivePrediction",
     "TemperatureScaling",
     "Uncalibrated",
     "VectorScaling",
+    "batch_calibration",
     "load",
+    "self_ensemble",
 ]

@@ -2,14 +2,23 @@
 
 from trimtab.calibration.base import Calibrator, load
 from trimtab.calibration.beta import BetaCalibration
+from trimtab.calibration.ccvr import CCVR, calibrate_classifier
+from trimtab.calibration.class_statistics import (
+    ClassStatistics,
+    class_statistics,
+    collect_class_statistics,
+    merge_class_statistics,
+    sample_virtual_features,
+)
 from trimtab.calibration.conformal import ConformalSets
 from trimtab.calibration.ensemble_temperature import EnsembleTemperatureScaling
 from trimtab.calibration.histogram import HistogramBinning
 from trimtab.calibration.isotonic import IsotonicCalibration
 from trimtab.calibration.matrix import MatrixScaling
 from trimtab.calibration.platt import PlattScaling
-from trimtab.calibration.self_ensemble import SelfEnsemble, batch_calibration, self_ensemble
+from trimtab.calibration.sdm import SDM, SDMLoss, sdm_activation
 from trimtab.calibration.selective import SelectivePrediction
+from trimtab.calibration.self_ensemble import SelfEnsemble, batch_calibration, self_ensemble
 from trimtab.calibration.temperature import TemperatureScaling
 from trimtab.calibration.uncalibrated import Uncalibrated
 from trimtab.calibration.vector import VectorScaling
@@ -29,20 +38,28 @@ CALIBRATORS: tuple[type[Calibrator], ...] = (
 
 __all__ = [
     "CALIBRATORS",
+    "CCVR",
+    "SDM",
     "BetaCalibration",
     "Calibrator",
+    "ClassStatistics",
     "ConformalSets",
     "EnsembleTemperatureScaling",
     "HistogramBinning",
     "IsotonicCalibration",
     "MatrixScaling",
     "PlattScaling",
-    "SelfEnsemble",
     "SelectivePrediction",
+    "SelfEnsemble",
     "TemperatureScaling",
     "Uncalibrated",
     "VectorScaling",
     "batch_calibration",
+    "calibrate_classifier",
+    "class_statistics",
+    "collect_class_statistics",
     "load",
+    "merge_class_statistics",
+    "sample_virtual_features",
     "self_ensemble",
 ]

@@ -46,3 +46,21 @@ def test_the_outermost_display_is_used():
             assert progress._display.get() is outer
     with progress.display(enabled=False):
         assert progress._display.get() is None
+
+
+def test_a_loop_stops_where_the_time_is_up():
+    done = []
+    with pytest.raises(progress.OutOfTime), progress.limit(0.02):
+        for i in progress.track(range(10**9), "loop"):
+            done.append(i)
+    assert done
+    assert list(progress.track(range(3), "loop")) == [0, 1, 2]
+
+
+def test_an_inner_limit_cannot_give_more_time_than_the_outer():
+    with progress.limit(-1):
+        with progress.limit(100), pytest.raises(progress.OutOfTime):
+            progress.in_time()
+        with pytest.raises(progress.OutOfTime):
+            progress.in_time()
+    progress.in_time()

@@ -1,10 +1,12 @@
-"""Progress bars that library code may always ask for and only a display shows.
+"""Long loops: progress bars that only a display shows, and a time limit that the loops keep.
 
-Library code wraps its loops in `track`; the command line, or a caller who wants to see them, opens a `display`.
+Library code wraps its loops in `track`. The command line, or a caller who wants to see the bars, opens a `display`;
+who has only so much time sets a `limit`, and a loop that is still running when the time is up raises `OutOfTime`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +17,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 _display: ContextVar[Progress | None] = ContextVar("trimtab_progress", default=None)
+_deadline: ContextVar[float] = ContextVar("trimtab_deadline", default=float("inf"))
+
+
+class OutOfTime(Exception):
+    """The time that a `limit` gave is up."""
+
+
+@contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Let `in_time`, and with it every `track`, raise `OutOfTime` once this block has taken `seconds`."""
+    token = _deadline.set(min(_deadline.get(), time.monotonic() + seconds))
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def in_time() -> None:
+    """Go on, or raise `OutOfTime`: for long work that is no loop over items."""
+    if time.monotonic() > _deadline.get():
+        raise OutOfTime("the time limit was reached")
 
 
 @contextmanager
@@ -43,17 +66,21 @@ def display(enabled: bool = True) -> Iterator[None]:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over `items`; if a `display` is open, show a bar named `description`."""
+    """Iterate over `items` as long as the time `limit` allows; if a `display` is open, show a bar named `description`.
+
+    Raises:
+        OutOfTime: the time was up before an item.
+    """
     progress = _display.get()
-    if progress is None:
-        yield from items
-        return
     if total is None and isinstance(items, Sized):
         total = len(items)
-    task = progress.add_task(description, total=total)
+    task = None if progress is None else progress.add_task(description, total=total)
     try:
         for item in items:
+            in_time()
             yield item
-            progress.advance(task)
+            if progress is not None and task is not None:
+                progress.advance(task)
     finally:
-        progress.remove_task(task)
+        if progress is not None and task is not None:
+            progress.remove_task(task)

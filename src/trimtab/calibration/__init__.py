@@ -11,9 +11,12 @@ from trimtab.calibration.class_statistics import (
     sample_virtual_features,
 )
 from trimtab.calibration.conformal import ConformalSets
+from trimtab.calibration.demonstrations import DemonstrationSampler
+from trimtab.calibration.detection import DetectionCalibrator
 from trimtab.calibration.ensemble_temperature import EnsembleTemperatureScaling
 from trimtab.calibration.histogram import HistogramBinning
 from trimtab.calibration.isotonic import IsotonicCalibration
+from trimtab.calibration.label_words import LabelWords
 from trimtab.calibration.matrix import MatrixScaling
 from trimtab.calibration.platt import PlattScaling
 from trimtab.calibration.sdm import SDM, SDMLoss, sdm_activation
@@ -44,9 +47,12 @@ __all__ = [
     "Calibrator",
     "ClassStatistics",
     "ConformalSets",
+    "DemonstrationSampler",
+    "DetectionCalibrator",
     "EnsembleTemperatureScaling",
     "HistogramBinning",
     "IsotonicCalibration",
+    "LabelWords",
     "MatrixScaling",
     "PlattScaling",
     "SelectivePrediction",

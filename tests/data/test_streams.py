@@ -66,7 +66,7 @@ def test_dirichlet_shares_match_the_distribution():
     """Two classes, two chunks: the first class's share of the first chunk is Beta(delta, delta)."""
     delta, draws, count = 0.5, 4000, 10_000
     generator = seeded()
-    share = torch.stack([streams._chunk_sizes([count, count], delta, generator)[0, 0] for _ in range(draws)]) / count
+    share = torch.stack([streams.chunk_sizes([count, count], 2, delta, generator)[0, 0] for _ in range(draws)]) / count
     # Beta(1/2, 1/2): mean 1/2, variance 1/8, and a third of its mass below 1/4
     assert abs(float(share.mean()) - 0.5) < 0.03
     assert abs(float(share.var()) - 0.125) < 0.008
@@ -75,7 +75,7 @@ def test_dirichlet_shares_match_the_distribution():
 
 def test_dirichlet_adds_nothing_to_a_full_chunk():
     for seed in range(20):
-        sizes = streams._chunk_sizes([100] * 10, 0.1, seeded(seed))
+        sizes = streams.chunk_sizes([100] * 10, 10, 0.1, seeded(seed))
         closed = sizes.cumsum(0)[:-1] >= 100
         assert int(sizes[1:][closed].sum()) == 0
         assert sizes.sum(1).tolist() == [100] * 10

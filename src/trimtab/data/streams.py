@@ -91,7 +91,7 @@ def dirichlet(
     if smallest * k > len(labels):
         raise InputError(f"labels must hold at least {smallest} samples for each of the {k} classes, got {len(labels)}")
     for _ in range(checks.integer(draws, "draws", low=1)):
-        sizes = _chunk_sizes(counts, delta, generator)
+        sizes = chunk_sizes(counts, k, delta, generator)
         if int(sizes.sum(0).min()) >= smallest:
             break
     else:
@@ -211,18 +211,19 @@ def _indices(value: Tensor, name: str = "labels") -> Tensor:
     return index.long().cpu()
 
 
-def _chunk_sizes(counts: list[int], delta: float, generator: torch.Generator) -> Int[Tensor, "classes chunks"]:
-    """How many samples of each class go to each chunk."""
-    k, total = len(counts), sum(counts)
-    held = torch.zeros(k, dtype=torch.long)
-    sizes = torch.empty(k, k, dtype=torch.long)
+def chunk_sizes(counts: list[int], chunks: int, delta: float, generator: torch.Generator) -> Int[Tensor, "classes k"]:
+    """How many samples of each class go to each of k chunks: one draw of Dir(delta) a class."""
+    total = sum(counts)
+    held = torch.zeros(chunks, dtype=torch.long)
+    sizes = torch.empty(len(counts), chunks, dtype=torch.long)
     for row, count in zip(sizes, counts):
         # Dirichlet proportions are gamma variates over their sum, and Gamma(delta) = Gamma(1 + delta) * U^(1 / delta);
         # in logarithms, because the variates themselves underflow for small delta.
-        gamma = torch._standard_gamma(torch.full((k,), 1 + delta, dtype=torch.float64), generator=generator)
-        uniform = torch.rand(k, dtype=torch.float64, generator=generator).clamp_(min=torch.finfo(torch.float64).tiny)
+        gamma = torch._standard_gamma(torch.full_like(held, 1 + delta, dtype=torch.float64), generator=generator)
+        uniform = torch.rand(chunks, dtype=torch.float64, generator=generator)
+        uniform.clamp_(min=torch.finfo(torch.float64).tiny)
         variates = gamma.log() + uniform.log() / delta
-        filled = variates.masked_fill(held >= total / k, -torch.inf).softmax(0).cumsum(0)
+        filled = variates.masked_fill(held >= total / chunks, -torch.inf).softmax(0).cumsum(0)
         cuts = (filled[:-1] / filled[-1] * count).long()
         row[:] = torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([count]))
         held += row

@@ -55,6 +55,7 @@ __all__ = [
     "LabelWords",
     "MatrixScaling",
     "PlattScaling",
+    "SDMLoss",
     "SelectivePrediction",
     "SelfEnsemble",
     "TemperatureScaling",
@@ -67,5 +68,6 @@ __all__ = [
     "load",
     "merge_class_statistics",
     "sample_virtual_features",
+    "sdm_activation",
     "self_ensemble",
 ]

@@ -25,6 +25,16 @@ def test_counts_are_a_bootstrap():
     assert (counts != stats.resample_counts(40, 3000, seed=2)).any()
 
 
+@given(st.integers(0, 60), st.integers(0, 60), st.floats(0.01, 0.99))
+def test_the_upper_bound_is_the_rate_at_which_so_few_are_unlikely(successes, more, level):
+    n = successes + more
+    (bound,) = stats.binomial_upper(np.array([float(successes)]), np.array([float(n)]), level)
+    if more == 0:
+        assert bound == 1
+    else:
+        assert reference.binom.cdf(successes, n, bound) == pytest.approx(1 - level, abs=1e-9)
+
+
 def test_the_percentile_interval_is_numpys_quantiles():
     replicates = np.random.default_rng(0).normal(size=999)
     interval = stats.percentile_interval(0.1, replicates, level=0.9)

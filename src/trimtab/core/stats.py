@@ -63,6 +63,21 @@ def binomial_interval(
     return low, high
 
 
+def binomial_upper(
+    successes: Float[np.ndarray, " k"], trials: Float[np.ndarray, " k"], level: float = 0.95
+) -> Float[np.ndarray, " k"]:
+    """Clopper and Pearson's exact one-sided upper bound for each of k proportions; 1 where there are no trials.
+
+    Example:
+        >>> import numpy as np
+        >>> round(float(binomial_upper(np.array([0.0]), np.array([10.0]))[0]), 4)
+        0.2589
+    """
+    checks.number(level, "level", low=0, high=1, low_open=True, high_open=True)
+    with np.errstate(invalid="ignore"):
+        return np.where(successes == trials, 1.0, betaincinv(successes + 1, trials - successes, level))
+
+
 def bootstrap_mean(
     values: Float[np.ndarray, " n"], *, resamples: int = 2000, level: float = 0.95, seed: int
 ) -> Interval:

@@ -6,6 +6,7 @@ import torch
 from score_sets import generator, overconfident
 from torch import nn
 
+from trimtab import calibration
 from trimtab.calibration import CALIBRATORS, Calibrator, TemperatureScaling
 from trimtab.calibration.export import to_onnx
 from trimtab.core.checks import InputError
@@ -66,6 +67,7 @@ def test_nothing_is_left_of_a_model_that_cannot_be_traced(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.bad_input
 def test_what_cannot_be_exported_is_refused(tmp_path):
     class NeedsFeatures(Calibrator):
         needs = frozenset({"features"})
@@ -78,3 +80,30 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         to_onnx(None, TemperatureScaling(), logits, tmp_path / "calibrator.onnx")
     with pytest.raises(InputError, match=r"this NeedsFeatures needs \['features'\]"):
         to_onnx(None, NeedsFeatures().fit(logits, labels, features=logits), logits, tmp_path / "calibrator.onnx")
+    with pytest.raises(InputError, match="calibrator must map logits to log-probabilities; a Softmax does not"):
+        to_onnx(None, nn.Softmax(1), logits, tmp_path / "calibrator.onnx")
+
+
+PUBLIC = [getattr(calibration, name) for name in calibration.__all__]
+NEEDY = [kind for kind in PUBLIC if isinstance(kind, type) and issubclass(kind, Calibrator) and kind.needs]
+
+
+@pytest.mark.parametrize("kind", NEEDY, ids=lambda kind: kind.__name__)
+def test_whoever_needs_more_than_logits_is_refused(kind, tmp_path):
+    with pytest.raises(InputError, match=f"this {kind.__name__} needs .'{min(kind.needs)}'"):
+        to_onnx(None, kind(), torch.zeros(2, 3), tmp_path / "calibrator.onnx")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CALIBRATORS if not kind.needs], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("c", [2, 4])
+def test_a_model_and_its_calibrator_under_torch_export(kind, c):
+    logits, labels = overconfident(300, c, dtype=torch.float32)
+    model = nn.Sequential(nn.utils.skip_init(nn.Linear, 3, c), nn.Tanh())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator(2)))
+    chain = nn.Sequential(model, kind().fit(logits, labels)).eval()
+    x = 3 * torch.randn(50, 3, generator=generator(1))
+    exported = torch.export.export(chain, (x[:7],), dynamic_shapes=({0: torch.export.Dim("n")},)).module()
+    for batch in (x, x[:1], x[:7]):
+        torch.testing.assert_close(exported(batch), chain(batch))

@@ -27,7 +27,7 @@ def to_onnx(model: nn.Module | None, calibrator: Calibrator, example: Any, path:
         path: file to write, whole or not at all.
 
     Raises:
-        InputError: the calibrator is not fitted or needs more than logits, or the file cannot be written.
+        InputError: the calibrator is none, is not fitted or needs more than logits, or the file cannot be written.
         ModuleNotFoundError: the packages of ``trimtab[onnx]`` are not installed.
         Exception: whatever torch's exporter says of a model that it cannot trace.
 
@@ -42,6 +42,8 @@ def to_onnx(model: nn.Module | None, calibrator: Calibrator, example: Any, path:
         >>> path.exists()
         True
     """
+    if not isinstance(calibrator, Calibrator):
+        raise InputError(f"calibrator must map logits to log-probabilities; a {type(calibrator).__name__} does not")
     if calibrator.counts is None or calibrator.needs:
         what = f"needs {sorted(calibrator.needs)}" if calibrator.needs else "is not fitted"
         raise InputError(f"calibrator must be fitted and work on logits alone; this {type(calibrator).__name__} {what}")

@@ -39,6 +39,19 @@ PAIRS = {
     "reliability": (metrics.reliability_curve, metrics.ReliabilityCurve, {"bins": BINS, "level": 0.9}),
     "risk_coverage": (metrics.risk_coverage_curve, metrics.RiskCoverageCurve, {}),
     "aurc": (metrics.aurc, metrics.AURC, {}),
+    "ace": (metrics.average_calibration_error, metrics.AverageCalibrationError, {"bins": BINS}),
+    "rms": (metrics.root_mean_square_calibration_error, metrics.RootMeanSquareCalibrationError, {"bins": BINS}),
+    "kumar": (
+        metrics.root_mean_square_calibration_error,
+        metrics.RootMeanSquareCalibrationError,
+        {"bins": BINS, "equal_mass": True, "debiased": True, "classwise": True},
+    ),
+    "tace": (
+        metrics.thresholded_adaptive_calibration_error,
+        metrics.ThresholdedAdaptiveCalibrationError,
+        {"bins": BINS, "threshold": 0.1},
+    ),
+    "kuiper": (metrics.kuiper_error, metrics.KuiperError, {}),
     "harmonic": (metrics.harmonic_calibration_score, metrics.HarmonicCalibrationScore, {"bins": BINS, "beta": 2.0}),
 }
 TAKES_CLASSES = ("cw", "cw_em", "brier_parts")
@@ -210,7 +223,22 @@ def test_perfectly_calibrated_predictions_have_no_error(groups):
         rows += [[tenths / 10, 1 - tenths / 10]] * (10 * times)
         labels += ([0] * tenths + [1] * (10 - tenths)) * times
     p, y = torch.tensor(rows, dtype=torch.float64), torch.tensor(labels)
-    for name in ("ece", "ece_em", "ece_em_closed", "cw", "cw_em", "mce", "ksce", "mmce"):
+    perfect = [
+        "ece",
+        "ece_em",
+        "ece_em_closed",
+        "cw",
+        "cw_em",
+        "mce",
+        "ksce",
+        "mmce",
+        "ace",
+        "rms",
+        "kumar",
+        "tace",
+        "kuiper",
+    ]
+    for name in perfect:
         function, _, settings = PAIRS[name]
         assert function(p, y, **settings) == pytest.approx(0, abs=1e-7), name
 
@@ -227,7 +255,8 @@ def test_honest_probabilities_have_little_density_error():
 def test_errors_stay_in_bounds(given):
     logits, y = given
     p = logits.softmax(1)
-    for name in ("ece", "ece_em", "ece_em_closed", "cw", "cw_em", "mce", "ksce", "mmce", "aurc", "harmonic"):
+    bounded = set(PAIRS) - {"kdece", "nll", "brier", "brier_parts", "reliability", "risk_coverage"}
+    for name in sorted(bounded):
         function, _, settings = PAIRS[name]
         assert 0 <= function(p, y, **settings) <= 1 + 1e-12, name
     assert 0 <= metrics.brier_score(p, y) <= 2

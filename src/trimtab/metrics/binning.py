@@ -128,6 +128,19 @@ def equal_mass(
     return places
 
 
+def equal_count(ranked: Ranked, bins: int) -> Int[Tensor, "g edges"]:
+    """Places of the edges of bins of equally many samples: sizes differ by one at most, the first are the larger.
+
+    Values that tie are in one bin, that of the first of them. Every value is in a bin.
+    """
+    k = torch.arange(bins + 1, device=ranked.values.device)
+    at = k * (ranked.n // bins) + k.clamp(max=ranked.n % bins)
+    last = ranked.values.gather(1, (at - 1).clamp(min=0).expand(len(ranked.values), -1))
+    places = _places(ranked.values, last.contiguous())
+    places[:, at == 0] = 0
+    return places
+
+
 def _places(values: Float[Tensor, "g n"], edges: Float[Tensor, "r edges"]) -> Int[Tensor, "r edges"]:
     """How many values are at or below each edge."""
     return torch.searchsorted(values[0] if len(values) == 1 else values, edges, right=True)

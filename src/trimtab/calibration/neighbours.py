@@ -9,11 +9,14 @@ as one search by scikit-learn or faiss for the nearest 100, and, unlike theirs, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_BLOCK = 2**23
+# distances are taken in tiles that stay in the cache
+_ROWS, _COLUMNS = 256, 2048
 
 
 def runs(
@@ -23,7 +26,6 @@ def runs(
     support_kinds: Int[Tensor, " n"],
     *,
     itself: bool = False,
-    block: int = _BLOCK,
 ) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
     """The length of each point's run of nearest neighbours of its own kind, and the distance to the nearest of all.
 
@@ -36,7 +38,6 @@ def runs(
         support: (n, d) the points among which neighbours are looked for.
         support_kinds: (n,) their kinds; -1 is like nothing.
         itself: `points` is `support`, and no point is its own neighbour.
-        block: how many distances are held at a time.
 
     Returns:
         Run lengths (m,), and squared Euclidean distances (m,) to the nearest neighbour.
@@ -47,7 +48,6 @@ def runs(
         >>> runs(torch.tensor([[0.4], [6.0]]), torch.tensor([0, 0]), support, torch.tensor([0, 0, 1, 0]))
         (tensor([2, 1]), tensor([0.1600, 1.0000]))
     """
-    m, n = len(points), len(support)
     order = support_kinds.argsort(stable=True)
     place = order.argsort()
     sorted_kinds = support_kinds[order]
@@ -55,33 +55,74 @@ def runs(
     s, x = support[order] - centre, points - centre
     squares = s.square().sum(1)
     slack = 16 * torch.finfo(x.dtype).eps * (x.norm(dim=1) + squares.max().sqrt()).square()
-    length = torch.zeros(m, dtype=torch.long, device=points.device)
-    distance = x.new_zeros(m)
+
+    def tile(rows: Tensor, columns: range) -> Tensor:
+        """Squared distances, short of the point's own square, which is the same for all its neighbours."""
+        part = slice(columns.start, columns.stop)
+        d = torch.addmm(squares[part], x[rows], s[part].mT, alpha=-2)
+        if itself:
+            own = ((place[rows] >= columns.start) & (place[rows] < columns.stop)).nonzero()[:, 0]
+            d[own, place[rows[own]] - columns.start] = torch.inf
+        return d
+
+    length = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    distance = x.new_zeros(len(x))
     for kind in kinds.unique():
         start, stop = (int(torch.searchsorted(sorted_kinds, kind, right=right)) for right in (False, True))
-        for rows in (kinds == kind).nonzero()[:, 0].split(max(1, block // n)):
-            # short of the point's own square, which is the same for all its neighbours
-            d = torch.addmm(squares, x[rows], s.mT, alpha=-2)
-            if itself:
-                d[torch.arange(len(rows), device=d.device), place[rows]] = torch.inf
-            nearest = order[d.argmin(1)]
-            distance[rows] = (points[rows] - support[nearest]).square().sum(1)
-            if start == stop:
-                continue
-            like, unlike = d[:, start:stop], (d[:, :start], d[:, stop:])
+        like, unlike = _tiles(start, stop), [*_tiles(0, start), *_tiles(stop, len(s))]
+        for rows in (kinds == kind).nonzero()[:, 0].split(_ROWS):
             # the largest number where there is none: a point's own place, at infinity, lies beyond it
-            end = torch.stack(
-                [part.amin(1) for part in unlike if part.shape[1]] or [like.new_full((len(rows),), torch.inf)]
-            )
-            end = end.amin(0).clamp(max=torch.finfo(d.dtype).max)
+            end = x.new_full((len(rows),), torch.finfo(x.dtype).max)
+            nearest = torch.zeros_like(rows)
+            for columns in unlike:
+                end, nearest = _nearer(tile(rows, columns), columns, end, nearest)
+            least = end
             first, last = (end - slack[rows])[:, None], (end + slack[rows])[:, None]
-            before = (like < first).sum(1)
-            tied = ((like <= last).sum(1) > before).nonzero()[:, 0]
-            if len(tied):
-                equal = (d[tied] >= first[tied]) & (d[tied] <= last[tied])
-                rank = order.expand_as(equal).masked_fill(~equal, n)
-                ends = torch.cat([rank[:, :start], rank[:, stop:]], 1)
-                ending = ends.amin(1, keepdim=True) if ends.shape[1] else rank.new_full((len(tied), 1), n)
-                before[tied] += (rank[:, start:stop] < ending).sum(1)
+            before, within = torch.zeros_like(rows), torch.zeros_like(rows)
+            for columns in like:
+                d = tile(rows, columns)
+                least, nearest = _nearer(d, columns, least, nearest)
+                before += _count(d < first)
+                within += _count(d <= last)
+            distance[rows] = (points[rows] - support[order[nearest]]).square().sum(1)
             length[rows] = before
+            tied = (within > before).nonzero()[:, 0]
+            if len(tied):
+                length[rows[tied]] += _in_order(tile, rows[tied], like, unlike, order, first[tied], last[tied])
     return length, distance
+
+
+def _tiles(start: int, stop: int) -> list[range]:
+    return [range(low, min(low + _COLUMNS, stop)) for low in range(start, stop, _COLUMNS)]
+
+
+def _nearer(d: Tensor, columns: range, least: Tensor, nearest: Tensor) -> tuple[Tensor, Tensor]:
+    value, where = d.min(1)
+    return torch.minimum(value, least), nearest.where(least <= value, where + columns.start)
+
+
+def _count(mask: Tensor) -> Tensor:
+    # over bytes it takes two thirds of the time that it takes over booleans
+    return mask.view(torch.uint8).sum(1, dtype=torch.int32)
+
+
+def _in_order(
+    tile: Callable[[Tensor, range], Tensor],
+    rows: Tensor,
+    like: list[range],
+    unlike: list[range],
+    order: Tensor,
+    first: Tensor,
+    last: Tensor,
+) -> Tensor:
+    """Of the like points as far away as the nearest unlike ones, how many come before the first of those."""
+    ending = torch.full_like(rows, len(order))[:, None]
+    for columns in unlike:
+        d, rank = tile(rows, columns), order[columns.start : columns.stop]
+        equal = (d >= first) & (d <= last)
+        ending = ending.minimum(rank.expand_as(d).masked_fill(~equal, len(order)).amin(1, keepdim=True))
+    count = torch.zeros_like(rows)
+    for columns in like:
+        d, rank = tile(rows, columns), order[columns.start : columns.stop]
+        count += ((d >= first) & (d <= last) & (rank < ending)).sum(1)
+    return count

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics import Metric
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.metrics.binning import bin_sums
 from trimtab.metrics.rows import Labels, Matrix, checked, columns
+from trimtab.metrics.sums import MeanMetric, SumMetric
 
 
 class BrierParts(NamedTuple):
@@ -113,7 +113,7 @@ def _parts(sums: Float[Tensor, "3 c bins"], squared: Float[Tensor, ""]) -> Brier
     return BrierParts(reliability, resolution, uncertainty, float(squared / n) - reliability + resolution - uncertainty)
 
 
-class BrierScore(Metric):
+class BrierScore(MeanMetric):
     """`brier_score` over batches; its state is one sum.
 
     Example:
@@ -124,29 +124,14 @@ class BrierScore(Metric):
         tensor(0.3125, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    samples: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, probs: Matrix, labels: Labels) -> None:
         """Add a batch: probabilities (n, c) and labels (n,)."""
-        p, y = checked(probs, labels)
-        self.total += _squared(p, y).sum()
-        self.samples += len(p)
-
-    def compute(self) -> Tensor:
-        """The score of all batches together."""
-        return (self.total / self.samples)[0]
+        self._add(_squared(*checked(probs, labels)))
 
 
-class BrierDecomposition(Metric):
+class BrierDecomposition(SumMetric):
     """`brier_decomposition` over batches; its state is three sums a class and bin.
 
     Example:
@@ -157,8 +142,6 @@ class BrierDecomposition(Metric):
         0.5
     """
 
-    is_differentiable = False
-    full_state_update = False
     sums: Tensor
     total: Tensor
 
@@ -166,8 +149,7 @@ class BrierDecomposition(Metric):
         super().__init__(**kwargs)
         self.num_classes = checks.integer(num_classes, "num_classes", low=2)
         self.bins = checks.integer(bins, "bins", low=1)
-        self.add_state("sums", torch.zeros(3, num_classes, bins, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
+        self._sum(sums=(3, num_classes, bins), total=1)
 
     def update(self, probs: Matrix, labels: Labels) -> None:
         """Add a batch: probabilities (n, c) and labels (n,)."""

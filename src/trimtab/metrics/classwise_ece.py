@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics import Metric
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.metrics.binning import bin_sums
 from trimtab.metrics.rows import Labels, Matrix, checked, columns
+from trimtab.metrics.sums import SumMetric
 
 
 def classwise_calibration_error(probs: Matrix, labels: Labels, bins: int = 15, *, classes: int | None = None) -> float:
@@ -63,7 +63,7 @@ def _gaps(p: Float[Tensor, "n c"], y: Int[Tensor, " n"], bins: int) -> Float[Ten
     return torch.cat(gaps)
 
 
-class ClasswiseCalibrationError(Metric):
+class ClasswiseCalibrationError(SumMetric):
     """`classwise_calibration_error` over batches; its state is one sum a class and bin.
 
     Args:
@@ -79,9 +79,7 @@ class ClasswiseCalibrationError(Metric):
         tensor(0.2500, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     gap: Tensor
     samples: Tensor
 
@@ -90,8 +88,7 @@ class ClasswiseCalibrationError(Metric):
         self.num_classes = checks.integer(num_classes, "num_classes", low=2)
         self.bins = checks.integer(bins, "bins", low=1)
         self.classes = num_classes if classes is None else checks.integer(classes, "classes", low=1, high=num_classes)
-        self.add_state("gap", torch.zeros(num_classes, bins, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
+        self._sum(gap=(num_classes, bins), samples=1)
 
     def update(self, probs: Matrix, labels: Labels) -> None:
         """Add a batch: probabilities (n, c) and labels (n,)."""

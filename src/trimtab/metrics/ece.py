@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from trimtab.core import checks
 from trimtab.metrics.binning import bin_sums
 from trimtab.metrics.rows import Labels, Matrix, top_label
+from trimtab.metrics.sums import SumMetric
 
 
 def expected_calibration_error(probs: Matrix, labels: Labels, bins: int = 15) -> float:
@@ -49,7 +48,7 @@ def expected_calibration_error(probs: Matrix, labels: Labels, bins: int = 15) ->
     return float(bin_sums(confidence[None], correct[None], bins).gap.abs().sum() / len(confidence))
 
 
-class ExpectedCalibrationError(Metric):
+class ExpectedCalibrationError(SumMetric):
     """`expected_calibration_error` over batches; its state is one sum a bin.
 
     Example:
@@ -60,17 +59,14 @@ class ExpectedCalibrationError(Metric):
         tensor(0.2500, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     gap: Tensor
     samples: Tensor
 
     def __init__(self, bins: int = 15, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.bins = checks.integer(bins, "bins", low=1)
-        self.add_state("gap", torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
+        self._sum(gap=bins, samples=1)
 
     def update(self, probs: Matrix, labels: Labels) -> None:
         """Add a batch: probabilities (n, c) and labels (n,)."""

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from trimtab.core import checks
 from trimtab.metrics.binning import bin_sums
 from trimtab.metrics.rows import Labels, Matrix, top_label
+from trimtab.metrics.sums import SumMetric
 
 
 def harmonic_calibration_score(probs: Matrix, labels: Labels, bins: int = 15, beta: float = 1.0) -> float:
@@ -56,7 +55,7 @@ def _score(gap: Tensor, right: Tensor, n: Tensor, beta: float) -> Tensor:
     return (1 + beta) * accuracy * calibration / (beta * accuracy + calibration).clamp(min=1e-300)
 
 
-class HarmonicCalibrationScore(Metric):
+class HarmonicCalibrationScore(SumMetric):
     """`harmonic_calibration_score` over batches; its state is three sums a bin.
 
     Example:
@@ -67,9 +66,7 @@ class HarmonicCalibrationScore(Metric):
         tensor(0.8571, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
     gap: Tensor
     right: Tensor
     samples: Tensor
@@ -78,9 +75,7 @@ class HarmonicCalibrationScore(Metric):
         super().__init__(**kwargs)
         self.bins = checks.integer(bins, "bins", low=1)
         self.beta = checks.number(beta, "beta", low=0)
-        self.add_state("gap", torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("right", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
+        self._sum(gap=bins, right=1, samples=1)
 
     def update(self, probs: Matrix, labels: Labels) -> None:
         """Add a batch: probabilities (n, c) and labels (n,)."""

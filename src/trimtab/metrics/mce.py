@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from trimtab.core import checks
 from trimtab.metrics.binning import bin_sums
 from trimtab.metrics.rows import Labels, Matrix, top_label
+from trimtab.metrics.sums import SumMetric
 
 
 def maximum_calibration_error(probs: Matrix, labels: Labels, bins: int = 15) -> float:
@@ -48,7 +47,7 @@ def maximum_calibration_error(probs: Matrix, labels: Labels, bins: int = 15) -> 
     return float((sums.gap.abs() / sums.samples.clamp(min=1)).max())
 
 
-class MaximumCalibrationError(Metric):
+class MaximumCalibrationError(SumMetric):
     """`maximum_calibration_error` over batches; its state is two sums a bin.
 
     Example:
@@ -59,17 +58,14 @@ class MaximumCalibrationError(Metric):
         tensor(0.2500, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     gap: Tensor
     samples: Tensor
 
     def __init__(self, bins: int = 15, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.bins = checks.integer(bins, "bins", low=1)
-        self.add_state("gap", torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
+        self._sum(gap=bins, samples=bins)
 
     def update(self, probs: Matrix, labels: Labels) -> None:
         """Add a batch: probabilities (n, c) and labels (n,)."""

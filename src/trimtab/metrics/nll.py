@@ -7,13 +7,10 @@ dominate it.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from trimtab.metrics.rows import Labels, Matrix, checked
+from trimtab.metrics.sums import MeanMetric
 
 
 def negative_log_likelihood(probs: Matrix, labels: Labels) -> float:
@@ -44,7 +41,7 @@ def _losses(p: Tensor, y: Tensor) -> Tensor:
     return -p.gather(1, y[:, None])[:, 0].double().log()
 
 
-class NegativeLogLikelihood(Metric):
+class NegativeLogLikelihood(MeanMetric):
     """`negative_log_likelihood` over batches; its state is one sum.
 
     Example:
@@ -55,23 +52,8 @@ class NegativeLogLikelihood(Metric):
         tensor(1.0397, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    samples: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, probs: Matrix, labels: Labels) -> None:
         """Add a batch: probabilities (n, c) and labels (n,)."""
-        p, y = checked(probs, labels)
-        self.total += _losses(p, y).sum()
-        self.samples += len(p)
-
-    def compute(self) -> Tensor:
-        """The loss of all batches together."""
-        return (self.total / self.samples)[0]
+        self._add(_losses(*checked(probs, labels)))

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from trimtab.core import checks, stats
 from trimtab.metrics.binning import BinSums, bin_sums
 from trimtab.metrics.rows import Labels, Matrix, top_label
+from trimtab.metrics.sums import SumMetric
 
 
 class Reliability(NamedTuple):
@@ -80,7 +80,7 @@ def curve_of(sums: BinSums, level: float) -> Reliability:
     return Reliability(edges[bins], edges[bins + 1], n.astype(int), probability[held] / n, right / n, low, high)
 
 
-class ReliabilityCurve(Metric):
+class ReliabilityCurve(SumMetric):
     """`reliability_curve` over batches; its state is three sums a bin.
 
     Example:
@@ -91,15 +91,13 @@ class ReliabilityCurve(Metric):
         [0.5, 1.0]
     """
 
-    is_differentiable = False
-    full_state_update = False
     sums: Tensor
 
     def __init__(self, bins: int = 15, level: float = 0.95, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.bins = checks.integer(bins, "bins", low=1)
         self.level = checks.number(level, "level", low=0, high=1, low_open=True, high_open=True)
-        self.add_state("sums", torch.zeros(3, 1, bins, dtype=torch.float64), dist_reduce_fx="sum")
+        self._sum(sums=(3, 1, bins))
 
     def update(self, probs: Matrix, labels: Labels) -> None:
         """Add a batch: probabilities (n, c) and labels (n,)."""

@@ -79,8 +79,9 @@ class BoxMetric(Metric):
                 else:
                     raise InputError(f"{name}[{i}] must have {key!r}, it has {sorted(image)}")
                 value = self._left_top_width_height(value) if key == "boxes" else value
-                if parts[keys[0]] and len(value) != len(parts[keys[0]][i]):
-                    raise InputError(f"{name}[{i}][{key!r}] must have {len(parts[keys[0]][i])} rows, got {len(value)}")
+                if key != "boxes" and value.shape != (len(image["boxes"]),):
+                    boxes, shape = len(image["boxes"]), tuple(value.shape)
+                    raise InputError(f"{name}[{i}][{key!r}] must have shape ({boxes},), got {shape}")
                 parts[key].append(value.bool() if key == "iscrowd" else value)
         return [torch.cat(parts[key]) for key in keys]
 

@@ -262,14 +262,13 @@ def _sums(
     image: Tensor, cell: Tensor, values: Float[Tensor, "n k"], images: int, cells: int, counts: Tensor | None
 ) -> Float[Tensor, "k *r cells"]:
     """Each column of `values` added up cell by cell; with `counts`, each image so often as it counts."""
-    columns = values.unbind(1)
     if counts is None:
-        return torch.stack([torch.bincount(cell, column, minlength=cells) for column in columns])
+        return values.new_zeros(cells, values.shape[1]).index_add_(0, cell, values).mT
+    columns = values.unbind(1)
     at = torch.stack([cell, image])
     weights = counts.to(values).mT
-    return torch.stack(
-        [torch.sparse.mm(torch.sparse_coo_tensor(at, column, (cells, images)), weights).mT for column in columns]
-    )
+    tables = (torch.sparse_coo_tensor(at, column, (cells, images), check_invariants=False) for column in columns)
+    return torch.stack([torch.sparse.mm(table, weights).mT for table in tables])
 
 
 def _mean_of_classes(error: Float[Tensor, "*r classes"]) -> Tensor:

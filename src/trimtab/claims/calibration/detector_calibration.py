@@ -1,7 +1,8 @@
 """Claim of `trimtab.calibration.DetectionCalibrator`: isotonic regression and Platt scaling beat a temperature.
 
 A synthetic detector whose quality is known: boxes of good objects lie closer, and its scores are pushed through
-sigmoid(2 z + 1), so that they are overconfident and shifted. A temperature can take back the factor, not the shift.
+sigmoid(2 z + 1), so that they are overconfident and shifted. A temperature can take back the factor, not the shift. How
+far boxes lie off was measured on the golden vectors' detections: 2 to 24 % of the object's size.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import numpy as np
 import torch
 
 from trimtab.calibration import DetectionCalibrator
+from trimtab.calibration.detection import Kind
 from trimtab.claims.base import Claim, Expectation
 from trimtab.core.detections import Detections, GroundTruth
 from trimtab.metrics import laece, lrp, match_detections
 
-KINDS = ("identity", "temperature", "platt", "linear", "isotonic")
+KINDS: tuple[Kind, ...] = ("identity", "temperature", "platt", "linear", "isotonic")
 
 
 def scene(random: np.random.Generator, images: int = 250, classes: int = 2) -> tuple[GroundTruth, Detections]:
@@ -24,7 +26,7 @@ def scene(random: np.random.Generator, images: int = 250, classes: int = 2) -> t
     boxes = np.concatenate([random.uniform(0, 250, (n, 2)), random.uniform(20, 80, (n, 2))], 1)
     quality = random.uniform(0, 1, n)
     found = random.uniform(size=n) < 0.85
-    jitter = (0.02 + 0.2 * (1 - quality))[:, None] * np.tile(boxes[:, 2:], 2)
+    jitter = (0.02 + 0.22 * (1 - quality))[:, None] * np.tile(boxes[:, 2:], 2)
     near = boxes + random.normal(size=(n, 4)) * jitter
     near[:, 2:] = np.maximum(near[:, 2:], 2)
     scores = np.clip(0.25 + 0.7 * quality + random.normal(0, 0.08, n), 0.01, 0.99)

@@ -13,12 +13,16 @@ from trimtab.calibration.class_statistics import (
 from trimtab.calibration.conformal import ConformalSets
 from trimtab.calibration.demonstrations import DemonstrationSampler
 from trimtab.calibration.detection import DetectionCalibrator
+from trimtab.calibration.correctness_aware import CorrectnessAware, CorrectnessAwareLoss, version_features
 from trimtab.calibration.ensemble_temperature import EnsembleTemperatureScaling
+from trimtab.calibration.h_calibration import HCalibration, HCalibrationLoss
 from trimtab.calibration.histogram import HistogramBinning
 from trimtab.calibration.isotonic import IsotonicCalibration
 from trimtab.calibration.label_words import LabelWords
 from trimtab.calibration.matrix import MatrixScaling
+from trimtab.calibration.pareto import ParetoLoss, ParetoSelfSupervision, reweight_sources, risk_score
 from trimtab.calibration.platt import PlattScaling
+from trimtab.calibration.risk import apply_sources, choose_examples, error_calibration, reask
 from trimtab.calibration.sdm import SDM, SDMLoss, sdm_activation
 from trimtab.calibration.selective import SelectivePrediction
 from trimtab.calibration.self_ensemble import SelfEnsemble, batch_calibration, self_ensemble
@@ -54,6 +58,8 @@ __all__ = [
     "IsotonicCalibration",
     "LabelWords",
     "MatrixScaling",
+    "ParetoLoss",
+    "ParetoSelfSupervision",
     "PlattScaling",
     "SDMLoss",
     "SelectivePrediction",
@@ -61,12 +67,18 @@ __all__ = [
     "TemperatureScaling",
     "Uncalibrated",
     "VectorScaling",
+    "apply_sources",
     "batch_calibration",
     "calibrate_classifier",
+    "choose_examples",
     "class_statistics",
     "collect_class_statistics",
+    "error_calibration",
     "load",
     "merge_class_statistics",
+    "reask",
+    "reweight_sources",
+    "risk_score",
     "sample_virtual_features",
     "sdm_activation",
     "self_ensemble",

@@ -11,9 +11,9 @@ from trimtab.calibration.class_statistics import (
     sample_virtual_features,
 )
 from trimtab.calibration.conformal import ConformalSets
+from trimtab.calibration.correctness_aware import CorrectnessAware, CorrectnessAwareLoss, version_features
 from trimtab.calibration.demonstrations import DemonstrationSampler
 from trimtab.calibration.detection import DetectionCalibrator
-from trimtab.calibration.correctness_aware import CorrectnessAware, CorrectnessAwareLoss, version_features
 from trimtab.calibration.ensemble_temperature import EnsembleTemperatureScaling
 from trimtab.calibration.h_calibration import HCalibration, HCalibrationLoss
 from trimtab.calibration.histogram import HistogramBinning
@@ -51,9 +51,13 @@ __all__ = [
     "Calibrator",
     "ClassStatistics",
     "ConformalSets",
+    "CorrectnessAware",
+    "CorrectnessAwareLoss",
     "DemonstrationSampler",
     "DetectionCalibrator",
     "EnsembleTemperatureScaling",
+    "HCalibration",
+    "HCalibrationLoss",
     "HistogramBinning",
     "IsotonicCalibration",
     "LabelWords",
@@ -82,4 +86,5 @@ __all__ = [
     "sample_virtual_features",
     "sdm_activation",
     "self_ensemble",
+    "version_features",
 ]

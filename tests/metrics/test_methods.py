@@ -51,6 +51,7 @@ PAIRS = {
         metrics.ThresholdedAdaptiveCalibrationError,
         {"bins": BINS, "threshold": 0.1},
     ),
+    "smooth": (metrics.smooth_calibration_error, metrics.SmoothCalibrationError, {}),
     "kuiper": (metrics.kuiper_error, metrics.KuiperError, {}),
     "harmonic": (metrics.harmonic_calibration_score, metrics.HarmonicCalibrationScore, {"bins": BINS, "beta": 2.0}),
 }
@@ -237,6 +238,7 @@ def test_perfectly_calibrated_predictions_have_no_error(groups):
         "kumar",
         "tace",
         "kuiper",
+        "smooth",
     ]
     for name in perfect:
         function, _, settings = PAIRS[name]

@@ -113,6 +113,32 @@ def test_kuiper_is_the_largest_run(given):
     assert kuiper >= metrics.kolmogorov_smirnov_error(p, y) - 1e-12
 
 
+def smooth(values, hits, width, points=20_000):
+    """The smoothed error as its definition says: a Gaussian with its mirror images, on a fine grid."""
+    t = (np.arange(points) + 0.5) / points
+    total = np.zeros(points)
+    for p, hit in zip(values, hits):
+        for mirrored in (p + 2 * k for k in range(-3, 4)):
+            for centre in (mirrored, -mirrored):
+                total += (hit - p) * np.exp(-(((t - centre) / width) ** 2) / 2) / (width * np.sqrt(2 * np.pi))
+    return np.abs(total).mean() / len(values)
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_the_smooth_error_is_its_own_width(n):
+    p, y = definitions.some_probs(n, 3, seed=n)
+    error = metrics.smooth_calibration_error(p, y)
+    assert smooth(*definitions.top(p, y), error) == pytest.approx(error, abs=2e-5)
+
+
+def test_the_smooth_error_of_honest_probabilities_vanishes():
+    g = torch.Generator().manual_seed(0)
+    p = (2 * torch.randn(40_000, 5, generator=g)).softmax(1)
+    y = p.multinomial(1, generator=g)[:, 0]
+    assert metrics.smooth_calibration_error(p, y) < 0.012
+    assert metrics.smooth_calibration_error((p**3) / (p**3).sum(1, keepdim=True), y) > 0.15
+
+
 @given(given=definitions.predictions())
 def test_norms_are_in_order(given):
     logits, y = given

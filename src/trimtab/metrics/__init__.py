@@ -52,6 +52,7 @@ from trimtab.metrics.reliability import Reliability, ReliabilityCurve, reliabili
 from trimtab.metrics.risk_coverage import AURC, RiskCoverage, RiskCoverageCurve, aurc, risk_coverage_curve
 from trimtab.metrics.rmsce import RootMeanSquareCalibrationError, root_mean_square_calibration_error
 from trimtab.metrics.roc import Roc, RocAuc, RocCurve, roc_auc, roc_curve
+from trimtab.metrics.smece import SmoothCalibrationError, smooth_calibration_error
 from trimtab.metrics.streaming import TableSuite, sample_rows, table_suite, table_summary
 from trimtab.metrics.summary import Summary, compare, essentials, summarise
 from trimtab.metrics.tace import ThresholdedAdaptiveCalibrationError, thresholded_adaptive_calibration_error
@@ -102,6 +103,7 @@ __all__ = [
     "SetSize",
     "SizeStrata",
     "SizeStratifiedCoverage",
+    "SmoothCalibrationError",
     "Summary",
     "TableSuite",
     "ThresholdedAdaptiveCalibrationError",
@@ -148,6 +150,7 @@ __all__ = [
     "sample_rows",
     "set_size",
     "size_stratified_coverage",
+    "smooth_calibration_error",
     "summarise",
     "table_suite",
     "table_summary",

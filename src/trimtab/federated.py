@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from trimtab.calibration import CCVR, ClassStatistics, collect_class_statistics
-from trimtab.calibration.class_statistics import Covariance
+from trimtab.calibration.class_statistics import Covariance, checked_options, classifier
 from trimtab.core import checks, modules
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import logits_of, take_apart
@@ -155,11 +155,13 @@ def server_app(
         timeout: seconds to wait for the clients in a round.
 
     Raises:
-        InputError: an argument is out of range.
+        InputError: an argument is out of range, or the model has no such layer.
         RuntimeError: (when run) a client failed, or did not answer in time.
     """
     checks.integer(clients, "clients", low=1)
     checks.integer(rounds, "rounds", low=1)
+    checked_options(covariance, tukey)
+    classifier(model, layer)
     recalibrate = CCVR() if ccvr is None else ccvr
     average = _OrderedAverage(clients) if strategy is None else strategy
     start = copy.deepcopy(model)
@@ -295,11 +297,15 @@ class _OrderedAverage(FedAvg):
 
     def __init__(self, clients: int) -> None:
         super().__init__(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
+        self.clients = clients
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        return super().aggregate_train(server_round, _in_order(replies))
+        answers = _in_order(replies)
+        if len(answers) < self.clients:
+            raise RuntimeError(f"round {server_round}: only {len(answers)} of {self.clients} clients answered in time")
+        return super().aggregate_train(server_round, answers)
 
 
 def _reply(message: Message, number: int, **records: Any) -> Message:

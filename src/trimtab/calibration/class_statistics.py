@@ -67,7 +67,7 @@ class ClassStatistics:
     tukey: float = 1.0
 
     def __post_init__(self) -> None:
-        _options(self.covariance, self.tukey)
+        checked_options(self.covariance, self.tukey)
         fields = ("counts", "means", "covariances")
         counts, means, covariances = (checks.tensor(getattr(self, name), name).cpu() for name in fields)
         if counts.ndim != 1 or counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
@@ -156,7 +156,9 @@ def class_statistics(
         ([2, 0, 1], [1.0, 0.0, 5.0], [2.0, 0.0, 0.0])
     """
     x = checks.matrix(features, "features")
-    sums = _Sums(checks.integer(num_classes, "num_classes", low=1), x.shape[1], *_options(covariance, tukey), x.device)
+    sums = _Sums(
+        checks.integer(num_classes, "num_classes", low=1), x.shape[1], *checked_options(covariance, tukey), x.device
+    )
     sums.add(x, checks.labels(labels, len(x), num_classes))
     return sums.statistics()
 
@@ -192,7 +194,7 @@ def collect_class_statistics(
                 [2.]], dtype=torch.float64)
     """
     head, device = classifier(model, layer), modules.device_of(model)
-    sums = _Sums(head.out_features, head.in_features, *_options(covariance, tukey), device)
+    sums = _Sums(head.out_features, head.in_features, *checked_options(covariance, tukey), device)
     with modules.evaluating(model):
         for number, batch in enumerate(progress.track(loader, "class statistics")):
             inputs, labels = take_apart(batch, device)
@@ -312,6 +314,13 @@ def classifier(model: nn.Module, layer: str | None) -> nn.Linear:
     return head
 
 
+def checked_options(covariance: Covariance, tukey: float) -> tuple[Covariance, float]:
+    """The arguments that decide what statistics hold, if they are in range."""
+    if covariance not in _AXES:
+        raise InputError(f"covariance must be one of {', '.join(_AXES)}, got {covariance!r}")
+    return covariance, checks.number(tukey, "tukey", low=0, high=1, low_open=True)
+
+
 class _Sums:
     """Counts, means and sums of squared deviations that grow batch by batch (Chan, Golub, LeVeque 1983)."""
 
@@ -362,9 +371,3 @@ def _root(covariance: Tensor) -> Tensor:
     """A matrix R with R R^T = covariance."""
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp(min=0).sqrt()
-
-
-def _options(covariance: Covariance, tukey: float) -> tuple[Covariance, float]:
-    if covariance not in _AXES:
-        raise InputError(f"covariance must be one of {', '.join(_AXES)}, got {covariance!r}")
-    return covariance, checks.number(tukey, "tukey", low=0, high=1, low_open=True)

@@ -183,6 +183,7 @@ def test_what_verification_promises(fitted):
     assert bool((seen.lower.similarity <= seen.centroid.similarity).all())
     assert bool((seen.probability[admitted] >= sdm.thresholds[seen.predicted][admitted]).all())
     assert bool((seen.lower.similarity[admitted] >= sdm.bounded_similarity).all())
+    assert not bool(sdm.admit(features + 1e300).any())
     far = sdm.verify(features + 1e4)
     assert not bool(far.admitted.any())
     assert bool((far.d == 0).all())
@@ -235,6 +236,18 @@ def test_softmax_is_the_special_case():
         atol=1e-6,
         rtol=1e-6,
     )
+
+
+def test_warm_up_lets_a_slow_start_learn():
+    features, labels = blobs(n=200, c=5, gap=3.0)
+    right = []
+    for warm_up in (1, 60):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sdm = SDM(**QUICK | {"lr": 1e-3, "epochs": 60, "rounds": 1}, warm_up=warm_up)
+            sdm.fit(torch.zeros(200, 5), labels, features=features)
+        right.append(float((sdm.verify(features).predicted == labels).double().mean()))
+    assert right[1] > right[0] + 0.3
 
 
 def test_extreme_scores_stay_finite():
@@ -377,7 +390,7 @@ def test_fewer_points_than_classes():
         ({"logits": torch.zeros(60, 1)}, "logits must have at least 2 columns"),
         ({"labels": torch.zeros(60).long()}, "labels must hold at least two classes"),
         ({"features": torch.full((60, 5), math.nan)}, "features must be finite, found nan at row 0, column 0"),
-        ({"features": torch.ones(60, 5)}, "features must vary, by a finite amount: their standard deviation is 0"),
+        ({"features": torch.ones(60, 5)}, "features must vary, by a finite amount, in every training half: .* is 0"),
         ({"features": 1e200 * torch.arange(300).reshape(60, 5).double()}, "features must vary, by a finite amount"),
         ({"features": torch.ones(59, 5)}, "features must have 60 rows, got 59"),
         ({"weights": torch.zeros(60)}, "weights must not be all zero"),
@@ -395,6 +408,20 @@ def test_bad_input_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         sdm.fit(**given)
     assert not sdm.fitted
+
+
+@pytest.mark.bad_input
+def test_a_training_half_that_does_not_vary_and_a_training_that_diverges():
+    features, labels = blobs(n=60)
+    held_out = torch.arange(60) >= 30
+    constant = features.where(held_out[:, None], 1.0)
+    sdm = SDM(**QUICK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(InputError, match="in every training half"):
+            sdm.fit(torch.zeros(60, 3), labels, features=constant, held_out=held_out)
+    with pytest.raises(InputError, match="lr must be smaller"):
+        SDM(**QUICK | {"lr": 1e300}).fit(torch.zeros(60, 3), labels, features=features)
 
 
 @pytest.mark.bad_input
@@ -432,7 +459,16 @@ def test_bad_arguments_of_the_activation(arguments, message):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"alpha": 0.5}, {"alpha": 1.0}, {"dimension": 0}, {"rounds": 0}, {"epochs": 0}, {"lr": 0.0}, {"batch": 0}),
+        *(
+            {"alpha": 0.5},
+            {"alpha": 1.0},
+            {"dimension": 0},
+            {"rounds": 0},
+            {"epochs": 0},
+            {"warm_up": 0},
+            {"lr": 0.0},
+            {"batch": 0},
+        ),
         *({"rescaler_epochs": 0}, {"rescaler_lr": -1.0}, {"seed": -1}),
     ],
     ids=str,

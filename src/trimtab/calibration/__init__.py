@@ -23,7 +23,8 @@ from trimtab.calibration.matrix import MatrixScaling
 from trimtab.calibration.pareto import ParetoLoss, ParetoSelfSupervision, reweight_sources, risk_score
 from trimtab.calibration.platt import PlattScaling
 from trimtab.calibration.risk import apply_sources, choose_examples, error_calibration, reask
-from trimtab.calibration.sdm import SDM, SDMLoss, sdm_activation
+from trimtab.calibration.sdm import SDM
+from trimtab.calibration.sdm_loss import SDMLoss, sdm_activation
 from trimtab.calibration.selective import SelectivePrediction
 from trimtab.calibration.self_ensemble import SelfEnsemble, batch_calibration, self_ensemble
 from trimtab.calibration.temperature import TemperatureScaling

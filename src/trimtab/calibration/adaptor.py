@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trimtab.calibration.empirical import ByClass
 from trimtab.calibration.neighbours import runs
+from trimtab.core.checks import InputError
 from trimtab.core.progress import track
 
 _OFFSET = 2.0
@@ -61,6 +62,11 @@ class Adaptor(NamedTuple):
 
         d = features.shape[1]
         deviation, mean = torch.std_mean(features.double())
+        if not 0 < deviation < math.inf:
+            raise InputError(
+                "features must vary, by a finite amount, in every training half: their standard deviation is "
+                f"{float(deviation):g}"
+            )
         return cls(mean, deviation, uniform(d, m, d), uniform(d, m), uniform(m, c, m), uniform(m, c))
 
     def exemplars(self, features: Tensor) -> Tensor:
@@ -139,17 +145,21 @@ def train(
     *,
     dimension: int,
     epochs: int,
+    warm_up: int,
     lr: float,
     batch: int,
     random: torch.Generator,
 ) -> Fit:
-    """Adam on the activation's log loss; of all epochs the last with the highest score on the calibration half."""
+    """Adam on the activation's log loss; of all epochs the last with the highest score on the calibration half.
+
+    The first `warm_up` epochs take the place of the paper's first: q = e - 2 and d = 1, a softmax.
+    """
     adaptor = Adaptor.start(features, c, dimension, random)
     optimizer = torch.optim.Adam(adaptor[2:], lr=lr)
     q = features.new_full((len(features), 1), math.e - _OFFSET)
     d = torch.ones_like(q)
     best: Fit | None = None
-    for _ in track(range(epochs), "SDM"):
+    for epoch in track(range(epochs), "SDM"):
         for rows in torch.randperm(len(features), generator=random).to(labels.device).split(batch):
             with torch.enable_grad():
                 log_probs = log_activation(adaptor.scores(features[rows]), q[rows], d[rows])
@@ -159,8 +169,8 @@ def train(
             optimizer.step()
         weights = adaptor.doubled()
         support = Support.of(weights, features.double(), labels)
-        q, d = against_itself(weights, support, features.double(), labels)
-        q, d = q.to(features), d.to(features)
+        if epoch >= warm_up - 1:
+            q, d = (found.to(features) for found in against_itself(weights, support, features.double(), labels))
         fit = against_support(weights, support, held_features.double(), held_labels)
         if best is None or fit.score >= best.score:
             best = fit
@@ -179,6 +189,8 @@ def against_itself(adaptor: Adaptor, support: Support, features: Tensor, labels:
 def against_support(adaptor: Adaptor, support: Support, features: Tensor, labels: Tensor) -> Fit:
     """What a calibration half says about an adaptor and its support."""
     z = adaptor.scores(features)
+    if not bool(z.isfinite().all()):
+        raise InputError("lr must be smaller: training diverged")
     c, predicted = z.shape[1], z.argmax(1)
     q, nearest = support.runs(adaptor, features, predicted)
     distances = ByClass.of(nearest[q > 0], labels[q > 0], c)

@@ -34,8 +34,8 @@ def train_rescalers(
     """Adam, one point at a time, on the log loss to the base 2 + similarity; all rounds side by side.
 
     A round stops after more than ten epochs in a row above its minimum, and keeps the weights at the end of the epoch
-    with the smallest loss on the way through it. The gradient is written out: one step is a hundred times as fast as
-    through automatic differentiation.
+    with the smallest loss on the way through it. The gradient is written out: one step of all rounds takes less
+    time than one of a single round would through automatic differentiation.
     """
     rounds, n, c = quantiles.shape
     w = random.uniform(-1, 1, (rounds, c, c)) / math.sqrt(c)

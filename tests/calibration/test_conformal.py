@@ -227,11 +227,13 @@ def test_hard_sets(score, case):
 def test_nine_samples_are_enough_for_a_tenth_and_eight_are_not():
     logits, labels = overconfident(9, 3)
     assert ConformalSets(alpha=0.1).fit(logits, labels).threshold.isfinite().all()
-    with pytest.warns(RuntimeWarning, match=r"8 samples in all are too few for alpha = 0.1, which takes 9: .* every"):
+    with pytest.warns(RuntimeWarning, match=r"8 samples are too few for alpha = 0.1, which takes 9: .* every class"):
         full = ConformalSets(alpha=0.1).fit(logits[:8], labels[:8])
     assert full(logits).all()
     absent = labels.clamp(max=1)
-    with pytest.warns(RuntimeWarning, match=r"0 samples of class 2 \(1 such classes\) .* these classes always"):
+    with pytest.warns(
+        RuntimeWarning, match=r"0 samples of class 2 are too few for alpha = 0.5, .* such classes \(1 in all\)"
+    ):
         kind = ConformalSets(alpha=0.5, by_class=True).fit(logits, absent)
     assert kind(logits)[:, 2].all()
 

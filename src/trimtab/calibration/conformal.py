@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import repeat
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -31,10 +32,12 @@ from trimtab.calibration.base import Fitted
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
+from trimtab.core.threads import one_thread
 
 _SCORES = ("lac", "aps", "raps")
 _PENALTIES = (0.001, 0.01, 0.1, 0.2, 0.5)
 _TUNING = 0.2
+_BLOCK_ELEMENTS = 1 << 16
 
 
 class ConformalSets(Fitted):
@@ -154,7 +157,7 @@ class ConformalSets(Fitted):
             z, y, w, u = z[~tuning], y[~tuning], w[~tuning], None if u is None else u[~tuning]
         self._store(
             torch.empty(0, device=z.device),
-            threshold=self._thresholds(self._scores(z, rank_penalty, u), y, w),
+            threshold=self._thresholds(self._own_scores(z, y, rank_penalty, u), y, w, c),
             counts=torch.bincount(y, w, minlength=c),
             rank_penalty=rank_penalty,
         )
@@ -218,9 +221,18 @@ class ConformalSets(Fitted):
         left_out = beyond if u is None else beyond + u.double()[:, None] * ordered
         return torch.zeros_like(p).scatter(-1, order, rank_penalty.double() - left_out).float()
 
-    def _thresholds(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Float[Tensor, " c"]:
-        c = scores.shape[1]
-        own = scores.gather(1, labels[:, None])[:, 0]
+    @one_thread()
+    def _own_scores(
+        self, logits: Tensor, labels: Tensor, rank_penalty: Tensor, u: Tensor | None
+    ) -> Float[Tensor, " n"]:
+        """Scores of the labels, in blocks of rows that fit the cache."""
+        rows = max(1, _BLOCK_ELEMENTS // logits.shape[1])
+        chance = repeat(None) if u is None else u.split(rows)
+        parts = zip(logits.split(rows), labels.split(rows), chance)
+        return torch.cat([self._scores(z, rank_penalty, v).gather(1, y[:, None])[:, 0] for z, y, v in parts])
+
+    def _thresholds(self, own: Tensor, labels: Tensor, weights: Tensor, c: int) -> Float[Tensor, " c"]:
+        """The largest score of a class in a set, from the scores of the labels."""
         if not self.by_class:
             return _quantile(own, weights, self.alpha).expand(c).clone()
         return torch.stack([_quantile(own[labels == k], weights[labels == k], self.alpha) for k in range(c)])
@@ -230,32 +242,34 @@ class ConformalSets(Fitted):
         ranks = torch.arange(1, c + 1, dtype=torch.float64, device=logits.device)
         k_reg: float | None = self.k_reg
         if k_reg is None:
-            own = logits.gather(1, labels[:, None])
-            k_reg = min(c, float(_quantile((logits >= own).sum(1).double(), weights, self.alpha)))
+            rank = (logits >= logits.gather(1, labels[:, None])).sum(1)
+            k_reg = min(c, float(_quantile(rank.double(), weights, self.alpha)))
         beyond = (ranks - k_reg).clamp(min=0)
         if self.penalty is not None:
             return self.penalty * beyond
         sizes = []
         for penalty in _PENALTIES:
             scores = self._scores(logits, penalty * beyond, None)
-            in_set = scores <= self._thresholds(scores, labels, weights)
+            own = scores.gather(1, labels[:, None])[:, 0]
+            in_set = scores <= self._thresholds(own, labels, weights, c)
             sizes.append(float(weights @ in_set.sum(1).double()))
         return _PENALTIES[int(np.argmin(sizes))] * beyond
 
     def _warn_of_full_sets(self) -> None:
         full = self.threshold.isinf()
-        if bool(full.any()):
-            found = self.counts[full][0] if self.by_class else self.counts.sum()
-            whose = (
-                f"of class {int(full.byte().argmax())} ({int(full.sum())} such classes)" if self.by_class else "in all"
+        if not bool(full.any()):
+            return
+        needed = math.ceil(1 / self.alpha - 1 - 1e-9)
+        if self.by_class:
+            first = int(full.byte().argmax())
+            found, which = (
+                f"{self.counts[first]:g} samples of class {first}",
+                f"such classes ({int(full.sum())} in all)",
             )
-            warnings.warn(
-                f"{found:g} samples {whose} are too few for alpha = {self.alpha:g}, which takes "
-                f"{math.ceil(1 / self.alpha - 1 - 1e-9)}: sets hold "
-                + ("these classes always" if self.by_class else "every class"),
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        else:
+            found, which = f"{self.counts.sum():g} samples", "every class"
+        message = f"{found} are too few for alpha = {self.alpha:g}, which takes {needed}: sets always hold {which}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _quantile(scores: Float[Tensor, " n"], weights: Float[Tensor, " n"], alpha: float) -> Float[Tensor, ""]:

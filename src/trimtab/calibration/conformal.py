@@ -146,14 +146,14 @@ class ConformalSets(Fitted):
         w, u = w.to(z.device, torch.float64), self._chance(z, generator)
         if self.k_reg is not None and self.k_reg > c:
             raise InputError(f"k_reg must be at most {c}, the number of classes, got {self.k_reg}")
-        rank_penalty = z.new_zeros(c, dtype=torch.float64)
+        rank_penalty = z.new_zeros(c, dtype=torch.float32)
         if self.score == "raps":
             tuning = torch.zeros(n, dtype=torch.bool)
             if self.penalty is None or self.k_reg is None:
                 order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
                 tuning[order[: math.ceil(_TUNING * n)]] = True
             tuning = tuning.to(z.device)
-            rank_penalty = self._choose(z[tuning], y[tuning], w[tuning], c)
+            rank_penalty = self._choose(z[tuning], y[tuning], w[tuning], c).float()  # as it will be stored
             z, y, w, u = z[~tuning], y[~tuning], w[~tuning], None if u is None else u[~tuning]
         self._store(
             torch.empty(0, device=z.device),
@@ -205,9 +205,8 @@ class ConformalSets(Fitted):
             raise InputError(f"generator must be given exactly when randomised, which is {self.randomised}")
         if generator is None:
             return None
-        return torch.rand(len(logits), generator=generator, dtype=torch.float64, device=generator.device).to(
-            logits.device
-        )
+        u = torch.rand(len(logits), generator=generator, dtype=torch.float64, device=generator.device)
+        return u.to(logits.device)
 
     def _scores(self, logits: Tensor, rank_penalty: Tensor, u: Tensor | None) -> Float[Tensor, "n c"]:
         """Scores of all classes, computed in double and compared in single precision: roundings do not decide."""

@@ -84,9 +84,22 @@ Folds = Annotated[int, typer.Option("--folds", min=2, help="Folds of the cross-v
 @app.command()
 def audit(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Table of scores (Parquet, Feather, CSV, NPZ), or FILE.py:FUNCTION.")
-    ],
+        str | None,
+        typer.Argument(metavar="SOURCE", help="Table of scores (Parquet, Feather, CSV, NPZ), or FILE.py:FUNCTION."),
+    ] = None,
     out: Out = Path("out"),
+    coco: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--coco", metavar="GT.json DETS.json", help="A detector: ground truth and detections, as COCO."),
+    ] = None,
+    coco_calibration: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--coco-calibration",
+            metavar="GT.json DETS.json",
+            help="For --coco: another pair to fit the corrections on, else half of the images.",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option("--calibration", help="For a table: another table to fit the corrections on.")
     ] = None,
@@ -99,9 +112,21 @@ def audit(
     quiet: Quiet = False,
     form: Form = Format.text,
 ) -> None:
-    """Measure a model or a table, correct it, and report."""
+    """Measure a model, a table or a detector, correct it, and report."""
     from trimtab import audit as job
 
+    if coco is not None and source is None:
+        if calibration is not None:
+            raise InputError(
+                "--calibration goes with a table; for a detector, give --coco-calibration GT.json DETS.json"
+            )
+        settings = {"seed": seed, "resamples": resamples, "folds": folds}
+        _run(partial(job.audit_detections, *coco, calibration=coco_calibration), out, quiet, form, settings)
+        return
+    if source is None or coco is not None:
+        raise InputError("audit needs a SOURCE or --coco GT.json DETS.json, one of the two")
+    if coco_calibration is not None:
+        raise InputError("--coco-calibration goes with --coco")
     options = {
         "seed": seed,
         "workers": workers,
@@ -143,7 +168,7 @@ def _run(job: Callable[..., Any], out: Path, quiet: bool, form: Format, options:
     """Audit, show progress, and print what was found."""
     from trimtab.core import progress
 
-    if (out / ".work").is_dir() and not options["fresh"]:
+    if (out / ".work").is_dir() and not options.get("fresh", True):
         typer.echo(f"trimtab: {out} holds an unfinished run; its pieces serve again where nothing changed", err=True)
     with progress.display(not quiet):
         result = job(out=out, **options)

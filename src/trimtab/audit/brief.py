@@ -8,23 +8,28 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trimtab.audit.report import detection
 from trimtab.audit.report.verdict import verdict
-from trimtab.audit.report.words import HEADLINE, interval, number
-from trimtab.audit.result import AuditResult
+from trimtab.audit.report.words import HEADLINE, Measure, interval, number
+from trimtab.audit.result import AuditResult, DetectionAudit
 
 
-def brief(result: AuditResult, out: Path) -> RenderableType:
+def brief(result: AuditResult | DetectionAudit, out: Path) -> RenderableType:
     """What `trimtab audit` prints."""
-    judgement = verdict(result)
+    measures: tuple[Measure, ...] = HEADLINE
+    if isinstance(result, DetectionAudit):
+        judgement, measures, rows = detection.verdict(result), detection.HEADLINE, "images"
+    else:
+        judgement, rows = verdict(result), "rows"
     table = Table(pad_edge=False)
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
-    for measure in HEADLINE:
+    for measure in measures:
         both = (result.before[measure.key], result.after[measure.key])
         table.add_row(measure.label, *(f"{number(t[0], measure.share)}  ({interval(t, measure.share)})" for t in both))
     return Group(
         Text(" ".join(judgement.headline), style="bold"),
         Text(" ".join(judgement.sentences)),
         table,
-        Text(f"{result.n:,} rows measured, corrections fitted on {result.n_fit:,}. Report: {out / 'report.html'}"),
+        Text(f"{result.n:,} {rows} measured, corrections fitted on {result.n_fit:,}. Report: {out / 'report.html'}"),
     )

@@ -153,3 +153,92 @@ def _numbers(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_numbers(x) for x in value)
     return math.nan if value is None else value
+
+
+@dataclass(frozen=True)
+class RankedDetector:
+    """One way of calibrating a detector: `error` is cross-validated, the measures are of the test images.
+
+    Attributes:
+        name, kind, classwise: what it is.
+        error: root of the mean squared difference of calibrated score and overlap.
+        behind, difference_error: how far that is behind the best, and the standard error of that, over images.
+        seconds: time of the cross-validation's fits.
+        chosen: whether the one-standard-error rule picked it.
+        measures: by name, as in `DetectionAudit.before`.
+    """
+
+    name: str
+    kind: str
+    classwise: bool
+    error: float
+    behind: float
+    difference_error: float
+    seconds: float
+    chosen: bool = False
+    measures: dict[str, Triple] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DetectionRow:
+    """One class of a detector: objects, thresholds, and what is passed on with which error, before and after.
+
+    A threshold that is NaN or negative lets all detections through.
+    """
+
+    name: str
+    objects: int
+    threshold_before: float
+    threshold_after: float
+    overlap: float
+    passed_before: int
+    score_before: float
+    laece_before: float
+    lrp_before: float
+    passed_after: int
+    score_after: float
+    laece_after: float
+    lrp_after: float
+
+
+@dataclass(frozen=True)
+class DetectionAudit:
+    """Findings of the audit of a detector.
+
+    Attributes:
+        title: what was audited.
+        n, n_fit: images measured, and images that the corrections were fitted on.
+        objects, detections: how many there are in the measured images.
+        passed: of these detections, how many are above the thresholds, ``"before"`` and ``"after"``.
+        c: number of classes.
+        level, interval_method: of the intervals.
+        before, after: measures by name (laece, laace, lrp, lrp_localisation, lrp_false, lrp_missed, dece, mean_score,
+            mean_overlap, gap), of the raw scores above the best thresholds and after the chosen calibrator.
+        change: after minus before, bootstrapped in pairs.
+        reliability: mean overlap (as ``accuracy``) against mean score (as ``confidence``).
+        histogram: counts of scores in equal-width cells.
+        ranking: calibrators, best first.
+        per_class: one row a class.
+        steps, versions, settings, notes: as in `AuditResult`.
+    """
+
+    title: str
+    n: int
+    n_fit: int
+    objects: int
+    detections: int
+    passed: dict[str, int]
+    c: int
+    level: float
+    interval_method: str
+    before: dict[str, Triple]
+    after: dict[str, Triple]
+    change: dict[str, Triple]
+    reliability: dict[str, Curve]
+    histogram: dict[str, list[int]]
+    ranking: list[RankedDetector]
+    per_class: list[DetectionRow]
+    steps: list[tuple[str, float]]
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    notes: list[str]

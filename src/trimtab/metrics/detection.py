@@ -73,7 +73,7 @@ def lrp(matches: Matches, counts: Num[Tensor, "r images"] | None = None) -> LRPP
     objects = torch.tensor([0.0, 0, 0, 1], dtype=torch.float64, device=rows.device).expand(
         len(matches.object_image), -1
     )
-    found, distance, false, there = _sums(
+    found, distance, false, there = image_sums(
         torch.cat([matches.image, matches.object_image]),
         torch.cat([matches.label, matches.object_label]),
         torch.cat([rows, objects]),
@@ -177,7 +177,7 @@ def laece_bins(
     scores = matches.scores[kept]
     values = torch.stack([torch.ones_like(scores), scores - matches.iou[kept]], 1)
     cell = matches.label[kept] * bins + _bin(scores, bins)
-    sums = _sums(matches.image[kept], cell, values, matches.images, matches.classes * bins, counts)
+    sums = image_sums(matches.image[kept], cell, values, matches.images, matches.classes * bins, counts)
     samples, gap = sums.unflatten(-1, (matches.classes, bins))
     return samples, gap
 
@@ -216,7 +216,7 @@ def laace_per_class(
     kept = ~matches.ignored | include_ignored
     gap = (matches.scores[kept] - matches.iou[kept]).abs()
     values = torch.stack([torch.ones_like(gap), gap], 1)
-    samples, error = _sums(matches.image[kept], matches.label[kept], values, matches.images, matches.classes, counts)
+    samples, error = image_sums(matches.image[kept], matches.label[kept], values, matches.images, matches.classes, counts)
     return error / samples
 
 
@@ -249,7 +249,7 @@ def detection_ece(matches: Matches, bins: int = 10, counts: Num[Tensor, "r image
     kept = ~matches.ignored
     scores = matches.scores[kept]
     values = torch.stack([torch.ones_like(scores), scores - matches.hit[kept].double()], 1)
-    samples, gap = _sums(matches.image[kept], _bin(scores, bins), values, matches.images, bins, counts)
+    samples, gap = image_sums(matches.image[kept], _bin(scores, bins), values, matches.images, bins, counts)
     return gap.abs().sum(-1) / samples.sum(-1)
 
 
@@ -258,7 +258,7 @@ def _bin(scores: Tensor, bins: int) -> Tensor:
     return torch.bucketize(scores, edges[1:-1])
 
 
-def _sums(
+def image_sums(
     image: Tensor, cell: Tensor, values: Float[Tensor, "n k"], images: int, cells: int, counts: Tensor | None
 ) -> Float[Tensor, "k *r cells"]:
     """Each column of `values` added up cell by cell; with `counts`, each image so often as it counts."""

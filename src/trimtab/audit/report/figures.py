@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import html
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from trimtab.audit.report.tables import behind, bins, span
 from trimtab.audit.report.verdict import scored, uncorrected
 from trimtab.audit.report.words import count, coverage, decimal, percent, plural, seconds
-from trimtab.audit.result import AuditResult, Curve, Ranked
+from trimtab.audit.result import AuditResult, Curve
 
 Figure = dict[str, Any]
 
@@ -31,47 +32,69 @@ def figures(result: AuditResult) -> dict[str, Figure]:
     return found
 
 
+class Words(NamedTuple):
+    """What a reliability diagram says: its axes, its two corners, and the hover texts of a point and of a bar."""
+
+    across: str
+    upwards: str
+    above: str
+    below: str
+    point: Callable[[tuple[Any, ...]], str]
+    bar: Callable[[int, int, str], str]
+
+
 def reliability(result: AuditResult, when: str) -> Figure:
     """Accuracy against confidence with its band for each bin, above the histogram of confidence."""
-    curve, cells = result.reliability[when], result.histogram[when]
-    colour = "var(--before)" if when == "before" else "var(--accent)"
+    words = Words(
+        "confidence",
+        "share right",
+        "not confident enough",
+        "too confident",
+        lambda row: _bin_text(row, result.level),
+        lambda n, total, where: (
+            f"{count(n)} of {count(total)} predictions ({percent(n / max(1, total))})<br>"
+            f"were made with {where} confidence"
+        ),
+    )
+    start = 0.5 if result.c == 2 else 0.0
+    return diagram(result.reliability[when], result.histogram[when], words, start=start, hollow=when == "before")
+
+
+def diagram(curve: Curve, cells: list[int], words: Words, *, start: float, hollow: bool) -> Figure:
+    """What was reached against what was stated, with a whisker for each bin, above the histogram of statements."""
+    colour = "var(--before)" if hollow else "var(--accent)"
     firm = [(c, a) for c, a, n in zip(curve.confidence, curve.accuracy, curve.count) if n >= FEW]
     gaps = [(x, y) for c, a in firm for x, y in ((c, c), (c, a), (None, None))]
-    start = 0.5 if result.c == 2 else 0.0
     width = 1 / len(cells)
-    share = [n / max(1, sum(cells)) for n in cells]
+    total = sum(cells)
     data = [
         _line([start, 1], [start, 1], "var(--muted)", dash="dot"),
         _line([x for x, _ in gaps], [y for _, y in gaps], "var(--gap)", width=7),
-        *_points(curve, result.level, colour, hollow=when == "before"),
+        *_points(curve, words.point, colour, hollow=hollow),
         {
             "type": "bar",
             "x": [width * (i + 0.5) for i in range(len(cells))],
-            "y": [100 * s for s in share],
+            "y": [100 * n / max(1, total) for n in cells],
             "width": width * 0.86,
             "yaxis": "y2",
             "marker": {"color": colour, "opacity": 0.75},
-            "hovertext": [
-                f"{count(n)} of {count(sum(cells))} predictions ({percent(s)})<br>"
-                f"were made with {span(width * i, width * (i + 1))} confidence"
-                for i, (n, s) in enumerate(zip(cells, share))
-            ],
+            "hovertext": [words.bar(n, total, span(width * i, width * (i + 1))) for i, n in enumerate(cells)],
             "hoverinfo": "text",
         },
     ]
     layout = {
-        "xaxis": {**_axis("confidence"), **_percents(), "range": [start - 0.02, 1.02], "anchor": "y2"},
-        "yaxis": {**_axis("share right"), **_percents(), "range": [-0.02, 1.02], "domain": [0.27, 1]},
+        "xaxis": {**_axis(words.across), **_percents(), "range": [start - 0.02, 1.02], "anchor": "y2"},
+        "yaxis": {**_axis(words.upwards), **_percents(), "range": [-0.02, 1.02], "domain": [0.27, 1]},
         "yaxis2": {**_axis("share of all"), **_SUFFIX, "domain": [0, 0.2], "nticks": 3},
         "annotations": [
-            _note("not confident enough", x=start + 0.04 * (1 - start), y=0.96, xanchor="left"),
-            _note("too confident", x=0.98, y=0.05, xanchor="right"),
+            _note(words.above, x=start + 0.04 * (1 - start), y=0.96, xanchor="left"),
+            _note(words.below, x=0.98, y=0.05, xanchor="right"),
         ],
     }
     return _figure(data, layout)
 
 
-def _points(curve: Curve, level: float, colour: str, *, hollow: bool) -> list[Figure]:
+def _points(curve: Curve, text: Callable[[tuple[Any, ...]], str], colour: str, *, hollow: bool) -> list[Figure]:
     """Points with whiskers and hover texts; bins of few predictions in a trace of their own, which is faint."""
     traces = []
     for faint in (False, True):
@@ -92,7 +115,7 @@ def _points(curve: Curve, level: float, colour: str, *, hollow: bool) -> list[Fi
                 "error_y": whisker,
                 "marker": {"size": 9, "color": fill, "line": {"color": colour, "width": 2}},
                 "opacity": 0.35 if faint else 1,
-                "hovertext": [_bin_text(row, level) for row in rows],
+                "hovertext": [text(row) for row in rows],
                 "hoverinfo": "text",
             }
         )
@@ -109,18 +132,39 @@ def _bin_text(row: tuple[Any, ...], level: float) -> str:
     )
 
 
+class Rung(NamedTuple):
+    """One row of a ranking: its name, its number with a standard error, its hover text."""
+
+    name: str
+    value: float
+    error: float
+    text: str
+    chosen: bool
+
+
 def ranking(result: AuditResult) -> Figure:
     """Cross-validated log loss of every calibrator, best on top; the whiskers that reach its line are ties."""
     rows = [row for row in result.ranking if scored(row)]
     best = rows[0]
-    marks = [_marks([row for row in rows if row.chosen == chosen], best, chosen=chosen) for chosen in (False, True)]
-    spread = max(row.log_loss for row in rows) > 3 * best.log_loss > 0
-    line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": best.log_loss, "x1": best.log_loss}
+    rungs = []
+    for row in rows:
+        gap = f"{behind(row, best)} to the best" if row is not best else "the lowest"
+        text = f"log loss {decimal(row.log_loss)}, {gap}<br>fitted in {seconds(row.seconds)}"
+        rungs.append(Rung(row.name, row.log_loss, row.difference_error, text, row.chosen))
+    return ladder(rungs, "log loss, lower is better")
+
+
+def ladder(rungs: list[Rung], title: str) -> Figure:
+    """A ranking, best on top; the whiskers that reach the dotted line of the best are ties."""
+    best = rungs[0].value
+    marks = [_marks([rung for rung in rungs if rung.chosen == chosen], chosen=chosen) for chosen in (False, True)]
+    spread = max(rung.value for rung in rungs) > 3 * best > 0
+    line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": best, "x1": best}
     layout = {
-        "xaxis": {**_axis("log loss, lower is better"), "type": "log" if spread else "linear"},
+        "xaxis": {**_axis(title), "type": "log" if spread else "linear"},
         "yaxis": {
             "categoryorder": "array",
-            "categoryarray": [_label(row) for row in reversed(rows)],
+            "categoryarray": [_label(rung.name) for rung in reversed(rungs)],
             "automargin": True,
             "ticks": "",
             "showgrid": True,
@@ -133,21 +177,16 @@ def ranking(result: AuditResult) -> Figure:
     return _figure([mark for mark in marks if mark["x"]], layout)
 
 
-def _marks(rows: list[Ranked], best: Ranked, *, chosen: bool) -> Figure:
+def _marks(rungs: list[Rung], *, chosen: bool) -> Figure:
     colour = "var(--accent)" if chosen else "var(--before)"
-    texts = []
-    for row in rows:
-        text = f"<b>{html.escape(row.name)}</b>{', chosen' if chosen else ''}<br>log loss {decimal(row.log_loss)}"
-        gap = f"{behind(row, best)} to the best" if row is not best else "the lowest"
-        texts.append(f"{text}, {gap}<br>fitted in {seconds(row.seconds)}")
     return {
         "type": "scatter",
         "mode": "markers",
-        "x": [row.log_loss for row in rows],
-        "y": [_label(row) for row in rows],
+        "x": [rung.value for rung in rungs],
+        "y": [_label(rung.name) for rung in rungs],
         "error_x": {
             "type": "data",
-            "array": [row.difference_error if math.isfinite(row.difference_error) else 0.0 for row in rows],
+            "array": [rung.error if math.isfinite(rung.error) else 0.0 for rung in rungs],
             "color": colour,
             "thickness": 1.5,
             "width": 4,
@@ -158,15 +197,15 @@ def _marks(rows: list[Ranked], best: Ranked, *, chosen: bool) -> Figure:
             "color": colour if chosen else "var(--paper)",
             "line": {"color": colour, "width": 2},
         },
-        "hovertext": texts,
+        "hovertext": [f"<b>{html.escape(r.name)}</b>{', chosen' if chosen else ''}<br>{r.text}" for r in rungs],
         "hoverinfo": "text",
     }
 
 
-def _label(row: Ranked) -> str:
+def _label(name: str) -> str:
     """A name on the axis, broken into lines of about twenty characters so that a phone has room for the plot."""
     lines = [""]
-    for word in row.name.split():
+    for word in name.split():
         if lines[-1] and len(lines[-1]) + len(word) > 20:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()

@@ -27,8 +27,9 @@ from trimtab.audit.report.words import (
     interval,
     number,
     plural,
+    visible,
 )
-from trimtab.audit.result import AuditResult
+from trimtab.audit.result import AuditResult, DetectionAudit
 from trimtab.core import persist
 
 _HERE = Path(__file__).parent
@@ -43,14 +44,14 @@ def render(result: AuditResult) -> str:
     """
     heats = heat_maps(result)
     return (
-        _environment()
+        environment()
         .get_template("report.html.jinja")
         .render(
             result=result,
             verdict=verdict(result),
             chosen=chosen(result),
             uncorrected=uncorrected(result),
-            cards=[_card(result, measure) for measure in HEADLINE],
+            cards=[card(result, measure) for measure in HEADLINE],
             heats=heats,
             few=FEW,
             levels=LEVELS,
@@ -58,10 +59,8 @@ def render(result: AuditResult) -> str:
             figures=figures(result),
             captions=captions,
             tables=tables,
-            plotly=_plotly(),
-            script=Markup(_read("report.js")),
-            style=Markup(_read("report.css")),
             trimtab=result.versions.get("trimtab", ""),
+            **assets(),
         )
     )
 
@@ -85,11 +84,11 @@ class Card(NamedTuple):
     target: float | None
 
 
-def _card(result: AuditResult, measure: Measure) -> Card:
+def card(result: AuditResult | DetectionAudit, measure: Measure) -> Card:
+    """One headline number of `result`."""
     before, after = result.before[measure.key], result.after[measure.key]
-    change = difference(
-        before, after, measure.share, compare(before, after, measure.better, result.change.get(measure.key))
-    )
+    clear = compare(before, after, measure.better, result.change.get(measure.key))
+    change = difference(before, after, measure.share, visible(before, after, clear) if measure.share else clear)
     target = result.after["accuracy"][0] if measure.key == "mean_confidence" else math.nan
     if change["verdict"] == "moved":
         nearer = abs(confidence_gap(result.after)[0]) < abs(confidence_gap(result.before)[0])
@@ -120,13 +119,19 @@ def _card(result: AuditResult, measure: Measure) -> Card:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates, with the filters that they use."""
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"count": count, "coverage": coverage, "plural": plural}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "ensure_ascii": False}
     return environment
+
+
+def assets() -> dict[str, Any]:
+    """What every page carries: plotly, script and style."""
+    return {"plotly": _plotly(), "script": Markup(_read("report.js")), "style": Markup(_read("report.css"))}
 
 
 @cache

@@ -23,7 +23,7 @@ from trimtab.audit.report.words import (
     seconds,
     spaced,
 )
-from trimtab.audit.result import AuditResult, Curve, Ranked, Triple
+from trimtab.audit.result import AuditResult, Curve, DetectionAudit, Ranked, Triple
 
 LIMIT = 50  # rows shown at first; a button shows the rest
 
@@ -60,9 +60,9 @@ def headline(result: AuditResult) -> Table:
         rows.append(
             (
                 Cell(measure.label, measure.meaning),
-                _triple(before, measure.share, digits),
-                _triple(after, measure.share, digits),
-                _change(before, after, measure.share, verdict, digits),
+                triple_cell(before, measure.share, digits),
+                triple_cell(after, measure.share, digits),
+                change_cell(before, after, measure.share, verdict, digits),
             )
         )
     columns = (("Measure", False), ("Before", True), ("After", True), ("Change", True))
@@ -73,10 +73,10 @@ def reliability(curve: Curve, when: str) -> Table:
     """The bins of one reliability diagram."""
     rows = [
         (
-            Cell(span(lower, upper), sort=_sort(lower)),
+            Cell(span(lower, upper), sort=sort_key(lower)),
             Cell(count(n), sort=str(n)),
-            _number(confidence, True),
-            _triple((accuracy, low, high), True),
+            number_cell(confidence, True),
+            triple_cell((accuracy, low, high), True),
             Cell(_side(confidence, low, high)),
         )
         for lower, upper, n, confidence, accuracy, low, high in zip(*bins(curve))
@@ -113,17 +113,17 @@ def ranking(result: AuditResult) -> Table:
     for row in sorted(result.ranking, key=lambda row: row.failed is not None):
         if row.failed is not None:
             empty = Cell(MISSING)
-            rows.append((Cell(row.name, f"failed: {row.failed}", row.name), *(empty,) * 4, _seconds(row.seconds)))
+            rows.append((Cell(row.name, f"failed: {row.failed}", row.name), *(empty,) * 4, seconds_cell(row.seconds)))
             continue
-        loss = Cell(decimal(row.log_loss), behind(row, result.ranking[0]) or "the best", _sort(row.log_loss))
+        loss = Cell(decimal(row.log_loss), behind(row, result.ranking[0]) or "the best", sort_key(row.log_loss))
         rows.append(
             (
                 Cell(row.name, sort=row.name, badge="chosen" if row.chosen else ""),
                 loss,
-                _triple(row.test_log_loss, False),
-                _triple(row.test_ece, True),
-                _triple(row.test_accuracy, True),
-                _seconds(row.seconds),
+                triple_cell(row.test_log_loss, False),
+                triple_cell(row.test_ece, True),
+                triple_cell(row.test_accuracy, True),
+                seconds_cell(row.seconds),
             )
         )
     labels = ("Cross-validated log loss", "Test log loss", "Test ECE", "Test accuracy", "Time")
@@ -144,7 +144,7 @@ def risk_coverage(result: AuditResult) -> Table:
     levels = [i / 10 for i in range(1, 11)]
     curves = [risk_at(result.risk_coverage[when], levels) for when in ("before", "after")]
     rows = [
-        (Cell(percent(level, 0), sort=_sort(level)), *(_number(risk, True) for risk in risks))
+        (Cell(percent(level, 0), sort=sort_key(level)), *(number_cell(risk, True) for risk in risks))
         for level, *risks in zip(levels, *curves)
     ]
     columns = ("Predictions answered", True), ("Wrong among them, before", True), ("Wrong among them, after", True)
@@ -164,10 +164,10 @@ def shifts(result: AuditResult) -> Table:
             Cell(shift_name(cell.shift), sort=shift_name(cell.shift)),
             Cell(cell.adapter, f"failed: {cell.failed}" if cell.failed else "", cell.adapter),
             Cell(count(cell.n), sort=str(cell.n)),
-            _triple(cell.accuracy, True),
-            _triple(cell.ece, True),
-            _triple(cell.log_loss, False),
-            _seconds(cell.seconds),
+            triple_cell(cell.accuracy, True),
+            triple_cell(cell.ece, True),
+            triple_cell(cell.log_loss, False),
+            seconds_cell(cell.seconds),
         )
         for cell in result.shifts
     ]
@@ -190,11 +190,11 @@ def per_class(result: AuditResult) -> Table:
         (
             Cell(row.name, sort=row.name),
             Cell(count(row.count), sort=str(row.count)),
-            _number(row.count / result.n, True, shares),
-            _number(row.mean_probability, True, shares),
-            _number(row.recall, True),
-            _number(row.ece_before, True, errors),
-            _number(row.ece_after, True, errors),
+            number_cell(row.count / result.n, True, shares),
+            number_cell(row.mean_probability, True, shares),
+            number_cell(row.recall, True),
+            number_cell(row.ece_before, True, errors),
+            number_cell(row.ece_after, True, errors),
         )
         for row in order
     ]
@@ -228,13 +228,13 @@ def measures(result: AuditResult) -> Table:
         digits = digits_for([t[0] for t in (before, after) if t is not None]) if measure.share else None
         change = Cell("\u2013")
         if before and after:
-            change = _change(before, after, measure.share, compare(before, after, measure.better), digits)
+            change = change_cell(before, after, measure.share, compare(before, after, measure.better), digits)
         rows.append(
             (
                 Cell(measure.label, f"{name}, {measure.meaning}" if measure.meaning else name, name),
                 Cell(bins or "\u2013", sort=bins),
-                _triple(before, measure.share, digits) if before else Cell("\u2013"),
-                _triple(after, measure.share, digits) if after else Cell("\u2013"),
+                triple_cell(before, measure.share, digits) if before else Cell("\u2013"),
+                triple_cell(after, measure.share, digits) if after else Cell("\u2013"),
                 change,
             )
         )
@@ -262,32 +262,37 @@ def _place(name: str) -> tuple[int, int, str]:
     return (family, int(bins), name) if bins else (-1, family, name)
 
 
-def steps(result: AuditResult) -> Table:
+def steps(result: AuditResult | DetectionAudit) -> Table:
     """What was run, in order."""
-    rows = [(Cell(spaced(name)), _seconds(spent)) for name, spent in result.steps]
+    rows = [(Cell(spaced(name)), seconds_cell(spent)) for name, spent in result.steps]
     return Table("steps", "Steps in the order they ran", (("Step", False), ("Time", True)), rows, limit=0)
 
 
-def _sort(x: float) -> str:
+def sort_key(x: float) -> str:
+    """What a number sorts by in the page."""
     return repr(float(x)) if math.isfinite(x) else ""
 
 
-def _number(x: float, share: bool, digits: int | None = None) -> Cell:
-    return Cell(number(x, share, digits), sort=_sort(x))
+def number_cell(x: float, share: bool, digits: int | None = None) -> Cell:
+    """A number on its own."""
+    return Cell(number(x, share, digits), sort=sort_key(x))
 
 
-def _triple(triple: Triple, share: bool, digits: int | None = None) -> Cell:
-    return Cell(number(triple[0], share, digits), interval(triple, share, digits), _sort(triple[0]))
+def triple_cell(triple: Triple, share: bool, digits: int | None = None) -> Cell:
+    """A number with its interval below it."""
+    return Cell(number(triple[0], share, digits), interval(triple, share, digits), sort_key(triple[0]))
 
 
-def _seconds(s: float) -> Cell:
-    return Cell(seconds(s), sort=_sort(s))
+def seconds_cell(s: float) -> Cell:
+    """A time."""
+    return Cell(seconds(s), sort=sort_key(s))
 
 
-def _change(before: Triple, after: Triple, share: bool, verdict: Change, digits: int | None) -> Cell:
+def change_cell(before: Triple, after: Triple, share: bool, verdict: Change, digits: int | None) -> Cell:
+    """A difference and its verdict."""
     if verdict == "unknown" and not (math.isfinite(before[0]) and math.isfinite(after[0])):
         return Cell(MISSING)
     mark = difference(before, after, share, verdict)
     delta = after[0] - before[0]
     size = f"{decimal(100 * delta, digits or 1, signed=True)} points" if share else decimal(delta, signed=True)
-    return Cell("=" if verdict == "same" else size, mark["words"], _sort(delta), verdict)
+    return Cell("=" if verdict == "same" else size, mark["words"], sort_key(delta), verdict)

@@ -87,7 +87,7 @@ def count(n: int) -> str:
 
 def plural(n: int, thing: str) -> str:
     """``1 shift``, ``3 shifts``, ``1,000 classes``."""
-    ending = "" if n == 1 else "es" if thing.endswith("s") else "s"
+    ending = "" if n == 1 else "es" if thing.endswith(("s", "x")) else "s"
     return f"{count(n)} {thing}{ending}"
 
 
@@ -147,6 +147,12 @@ def compare(before: Triple, after: Triple, better: int, change: Triple | None = 
     if better == 0:
         return "moved"
     return "better" if sign == better else "worse"
+
+
+def visible(before: Triple, after: Triple, change: Change) -> Change:
+    """The verdict on shares shown with one decimal: a clear difference that reads 0.0 points is none to speak of."""
+    unseen = points(after[0] - before[0]) == points(0.0)
+    return "unclear" if unseen and change in ("better", "worse", "moved") else change
 
 
 _IN_WORDS: dict[Change, str] = {

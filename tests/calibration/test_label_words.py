@@ -21,6 +21,7 @@ from transformers import (
 
 from trimtab.calibration import DemonstrationSampler, LabelWords, SelfEnsemble, batch_calibration
 from trimtab.core.checks import InputError
+from trimtab.metrics import expected_calibration_error
 
 TEXTS = ["a fine film", "dull", "i did not like it at all , it was dull", "so so"]
 SHOWN = [[("fine", 1), ("a dull film", 0)], [], [("so so", 2)], [("it was fine", 1)] * 3]
@@ -210,6 +211,49 @@ def test_it_goes_with_the_sampler_and_the_ensemble():
     by_prompt, _ = SelfEnsemble(lambda texts, ask: ask(texts), prompts)(TEXTS)
     torch.testing.assert_close(by_prompt, (prompts[0](TEXTS) + prompts[1](TEXTS)) / 2)
     assert batch_calibration(score.log_scores(TEXTS)).shape == (4, 3)
+
+
+def test_a_model_that_learns_in_context_is_better_asked_eight_times():
+    """Which key means which label is told by the demonstrations alone; a quarter of the pool's labels are wrong."""
+    generator, fillers = torch.Generator().manual_seed(102), 30
+    vocabulary = ["?", "bad", "good", "k0", "k1", *(f"w{i}" for i in range(fillers))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.15}
+    silent = {"bos_token_id": None, "eos_token_id": None, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(102)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), **sizes, **silent))
+    score = LabelWords(model, tokens, ["bad", "good"], template="{text} {label}", separator=" ", batch_size=256)
+
+    def texts(keys):
+        others = torch.randint(fillers, keys.shape, generator=generator)
+        return [f"w{other} k{key}" for other, key in zip(others.tolist(), keys.tolist())]
+
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(300):
+        keys = torch.randint(2, (64, 4), generator=generator)
+        labels = keys ^ torch.randint(2, (64, 1), generator=generator)
+        episodes = [texts(row) for row in keys]
+        shown = [list(zip(episode[:-1], row[:-1].tolist())) for episode, row in zip(episodes, labels)]
+        optimizer.zero_grad()
+        model(**score.training_batch([episode[-1] for episode in episodes], labels[:, -1], shown)).loss.backward()
+        optimizer.step()
+
+    keys = torch.randint(2, (200,), generator=generator)
+    wrong = torch.rand(200, generator=generator) < 0.25
+    pool, noisy = texts(keys), keys ^ wrong.long()
+    truth = torch.randint(2, (400,), generator=generator)
+    queries = texts(truth)
+    samplers = [DemonstrationSampler(pool, noisy, 3, seed=seed) for seed in range(8)]
+    single = [score(queries, sampler(queries)) for sampler in samplers]
+    merged, predicted = SelfEnsemble(lambda texts, sampler: score(texts, sampler(texts)), samplers)(queries)
+    alone = sum(float((probs.argmax(1) == truth).double().mean()) for probs in single) / 8
+    assert alone > 0.7
+    assert float((predicted == truth).double().mean()) > alone + 0.1
+    error = sum(expected_calibration_error(probs, truth, 10) for probs in single) / 8
+    assert expected_calibration_error(merged, truth, 10) < 0.9 * error
 
 
 @pytest.mark.bad_input

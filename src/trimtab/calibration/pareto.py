@@ -15,9 +15,12 @@ released tables bear that out for a fine-tuned BERT alone (mean error of calibra
 sum): for logistic regression and small networks the plain sum is better (.064 against .107, .056 against .097), and it
 is the default here.
 
-What we found on synthetic rules (the claim): the risk ranks answers better than the share of rules that disagree, and
-replacing the riskiest fifth removes about half of the errors. Its size is overstated, most by ``"square"``: rules that
-are right 60 to 85 % of the time teach the harmonizer their own noise. Take it as a ranking unless the sources are good.
+What we found on synthetic rules (the claim): the risk ranks wrong answers higher than the share of rules that
+contradict them does (AUROC .98 against .91), and answering by the harmonizer on the riskiest fifth removes 55 % of the
+errors. The risk's size is overstated, since rules that are right 60 to 85 % of the time teach the harmonizer their
+noise: its calibration error is .24 with ``"linear"``, .30 with ``"square"``, .35 with ``"2-norm"`` and .47 with
+``"max"``, against .23 for the share of rules. Take it as a ranking unless the sources are good, and leave ``"max"``,
+which removed 12 %.
 """
 
 from __future__ import annotations

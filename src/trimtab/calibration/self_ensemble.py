@@ -7,9 +7,16 @@ variation. It helps only as far as the answers differ: voters that agree leave t
 
 Li, Zhou, Glavaš, Korhonen, Vulić (2023), arXiv 2312.13772, "Large Language Models are Miscalibrated In-Context
 Learners" in its later version. The merging rules are those of the authors' code (cambridgeltl/ensembled-sicl), ties
-included. Departures: votes are class indices and agree only where they are equal, where the authors compare strings and
-let "other" agree with "another"; classes whose probability underflows to zero stay, where theirs are dropped and the
-vector grows shorter; weights are new.
+included; their plain vote, here ``"count"``, has no probabilities of its own. Departures: votes are class indices and
+agree only where they are equal, where the authors compare strings and let "other" agree with "another"; classes whose
+probability underflows to zero stay, where theirs are dropped and the vector grows shorter; weights are new.
+
+What we found: on simulated voters (the claim) the mean brings the calibration error from .42 to .11 and the maximum to
+.06, while votes leave it at .38, since those who agree are overconfident together. On small GPT-2 models that learn in
+context, with a quarter of the demonstrations mislabelled, the mean of eight draws raised accuracy from .76 to .92 or
+more and lowered the calibration error from .24 to about .19. The maximum failed there: each class had a voter who was
+sure of it, the maxima differed in their last digits, and accuracy fell to about .64 on three of four models. Take the
+mean where voters are sure of themselves and disagree.
 """
 
 from __future__ import annotations

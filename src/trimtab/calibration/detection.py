@@ -10,7 +10,7 @@ on the calibrated scores. Steps, targets and defaults are those of the authors' 
 
 - *The optimum, not so many steps.* The code fits Platt's and the temperature's parameters by one call of L-BFGS without
   line search. Where that converges, calibrated scores agree to 1e-4. On one of the golden cases, made with the authors'
-  code, it ends at T = 20, with 1.6 times the loss of the optimum at T = 0.51; with the same numbers rounded otherwise,
+  code, it ends at T = 20, with 1.5 times the loss of the optimum at T = 0.51; with the same numbers rounded otherwise,
   or in another order, it ends at 24, 28, 34 or 41. Newton's method finds the optimum of these convex losses.
 - A slope is kept >= 0, where the code takes |a|, and 1/T >= 0.01, where it takes |T|; a Gaussian prior of standard
   deviation 1000 keeps both finite on separable data.

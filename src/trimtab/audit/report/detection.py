@@ -106,8 +106,8 @@ def _state(result: DetectionAudit) -> tuple[str, str]:
     if not math.isfinite(gap):
         return "No detection is above the thresholds", "Nothing is passed on, so there is nothing to judge"
     told = (
-        f"The boxes that are best passed on have a mean score of {percent(result.before['mean_score'][0])}, "
-        f"while they overlap their objects by {percent(result.before['mean_overlap'][0])} on average, false ones by 0"
+        f"Above the thresholds that serve best, boxes score {percent(result.before['mean_score'][0])} on average and "
+        f"overlap their objects by {percent(result.before['mean_overlap'][0])}, false ones by 0"
     )
     if result.n < _FEW_IMAGES:
         return "Too few images to tell", f"{told}, but {plural(result.n, 'image')} cannot show how far apart these are"
@@ -159,20 +159,18 @@ def rule(result: DetectionAudit) -> str:
 
 def reading(result: DetectionAudit, when: str) -> str:
     """How many bins contradict their score."""
-    rows = list(zip(*bins(result.reliability[when])))
+    rows = [row for row in zip(*bins(result.reliability[when])) if row[2] >= FEW]
     total = sum(row[2] for row in rows)
     text = ""
     for hits, meaning in (
-        (
-            [row[2] for row in rows if row[6] < row[3]],
-            "below the diagonal: the score promises more overlap than there is",
-        ),
-        ([row[2] for row in rows if row[5] > row[3]], "above it: the overlap is better than the score says"),
+        ([row[2] for row in rows if row[6] < row[3]], "below the diagonal: there is less overlap than the score says"),
+        ([row[2] for row in rows if row[5] > row[3]], "above it: there is more overlap than the score says"),
     ):
         if hits:
-            held = f"{len(hits)} of {plural(len(rows), 'bin')}, with {percent(sum(hits) / total)} of the boxes"
+            held = f"{len(hits)} of {plural(len(rows), 'bin')}, with {percent(sum(hits) / total)} of their boxes"
             text += f"{held}, {'lies' if len(hits) == 1 else 'lie'} clearly {meaning}. "
-    return text.strip() or f"All {plural(len(rows), 'bin')} agree with the diagonal within their intervals."
+    text = text or f"All {plural(len(rows), 'bin')} agree with the diagonal within their intervals. "
+    return text + f"Bins of fewer than {FEW} boxes are left out of this count."
 
 
 def headline(result: DetectionAudit) -> Table:
@@ -254,12 +252,18 @@ def curve(result: DetectionAudit, when: str) -> Table:
             Cell(count(n), sort=str(n)),
             number_cell(score, True),
             triple_cell((overlap, low, high), True),
-            Cell("score too high" if high < score else "score too low" if low > score else "as stated"),
+            Cell(_finding(n, score, low, high)),
         )
         for lower, upper, n, score, overlap, low, high in zip(*bins(result.reliability[when]))
     ]
     columns = ("Score", True), ("Boxes", True), ("Mean score", True), ("Mean overlap", True), ("Finding", False)
     return Table(f"bins-{when}", f"Bins of the reliability diagram, {when}", columns, rows)
+
+
+def _finding(n: int, score: float, low: float, high: float) -> str:
+    if n < FEW:
+        return "too few to tell"
+    return "score too high" if high < score else "score too low" if low > score else "as stated"
 
 
 def pictures(result: DetectionAudit) -> dict[str, Figure]:

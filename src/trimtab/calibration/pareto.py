@@ -26,7 +26,8 @@ which removed 12 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -315,8 +316,7 @@ class ParetoSelfSupervision(Fitted):
     def _network(self, base: Base, x: Tensor) -> nn.Module:
         """A fresh network, its random weights drawn from the seed."""
         if not isinstance(base, str):
-            with torch.random.fork_rng():
-                torch.default_generator.manual_seed(self.seed)
+            with _seeded(self.seed, x.device):
                 network = base()
             if not isinstance(network, nn.Module) or not any(p.requires_grad for p in network.parameters()):
                 raise InputError(f"base must return a module with parameters to train, got {type(network).__name__}")
@@ -348,8 +348,8 @@ class ParetoSelfSupervision(Fitted):
         best, waited, current = math.inf, 0, math.nan
         for _ in progress.track(range(self.epochs), "harmonizer"):
             network.train()
-            with torch.enable_grad(), torch.random.fork_rng():
-                torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=generator)))  # dropout's
+            seed = int(torch.randint(2**31, (), generator=generator))  # dropout's
+            with torch.enable_grad(), _seeded(seed, x.device):
                 for chosen in torch.randperm(len(x), generator=generator).to(x.device).split(self.batch_size):
                     if not bool(voted[chosen].any()):
                         continue
@@ -472,6 +472,18 @@ def _weak_labels(value: Any, n: int, c: int, name: str = "weak_labels") -> Tenso
         where = labels.flatten()[bad.flatten().to(torch.uint8).argmax()]
         raise InputError(f"{name} must lie in 0..{c - 1}, or be -1, found {int(where)} at {checks.first_bad(bad)}")
     return labels
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """What draws from the global random state starts from `seed`, and leaves that state as it was."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _choices(value: Any) -> tuple[Any, ...]:

@@ -200,7 +200,7 @@ def test_bad_input_of_the_loss():
         HCalibrationLoss()(probs * float("nan"), labels)
     with pytest.raises(InputError, match="probs must have at least two rows, got 1"):
         HCalibrationLoss()(probs[:1], labels[:1])
-    with pytest.raises(InputError, match="labels must lie in 0..1, found 2 at row 0"):
+    with pytest.raises(InputError, match=r"labels must lie in 0..1, found 2 at row 0"):
         HCalibrationLoss()(probs, labels + 2)
 
 

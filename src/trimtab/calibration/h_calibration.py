@@ -13,6 +13,15 @@ repeated. The code sorts once a class; here all events are sorted once, each sub
 and slope follow from prefix sums in float64: O(M log M + C M) for M events, in place of O(C M log M). The code's
 piecewise linear map interpolates from its output where it should from its input: it jumps, and can jump downwards, so
 that the predicted class may change; the continuous map is the default (`exact`).
+
+What we found. Held-out log loss of the maps at their default sizes, all else as in the paper, against temperature
+scaling: Fashion-MNIST, a perceptron, fitted to 500 and to 5000 images: 0.4047 and 0.4044 (temperature scaling), 0.4052
+and 0.4024 (linear), 0.4119 and 0.4064 (pwlinear), 0.4037 and 0.4034 (nonlinear); logits bent as in the claim, 600 rows
+of 4 classes and 5000 of 10: 0.785 and 1.340, 0.780 and 1.333, 0.784 and 1.330, 0.780 and 1.336. So the loss pays where
+the fault bends and not elsewhere: a single temperature fitted by it stays too sharp (0.4110 and 0.4079). Choosing the
+checkpoint by the debiased error instead of the log loss left the calibration error of the predicted class on held-out
+images larger in three of four fits to 5000. A fit to 5000 rows of 10 classes takes 9 to 15 seconds of one core with any
+map.
 """
 
 from __future__ import annotations
@@ -70,7 +79,7 @@ class HCalibrationLoss(nn.Module):
         scale: factor of the loss. 1e5 as in the paper; Adam's epsilon sees it.
         left_out: how many classes are left out in turn. With more classes than that, so many are drawn anew at every
             call: an estimate without bias of the mean over all of them, and with many classes a close one, as each
-            subset is nearly everything. 16 is ours; None leaves out each class, as in the paper; 0 evaluates once, on
+            subset is nearly everything. 10 is ours; None leaves out each class, as in the paper; 0 evaluates once, on
             all samples.
         seed: of those draws.
 
@@ -94,7 +103,7 @@ class HCalibrationLoss(nn.Module):
         window: int = 200,
         epsilon: float = 1e-20,
         scale: float = 1e5,
-        left_out: int | None = 16,
+        left_out: int | None = 10,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -285,8 +294,9 @@ class HCalibration(Calibrator):
         map_: ``"temperature"``; ``"linear"``, a mixture of temperatures; ``"pwlinear"``, one piecewise linear function
             of the log-probabilities; ``"nonlinear"``, one monotone function, the integral of a small network;
             ``"auto"``, the best by `select` of the paper's twelve candidates (`CANDIDATES`); or pairs of a map and its
-            size to choose from. The default is ours: it starts from the identity and so needs no luck, and takes a
-            twentieth of the time of the network.
+            size to choose from. The default is ours: of the
+            maps at their default sizes it had the least log loss on average (see above), and it is plain softmaxes
+            wherever it is deployed.
         size: how many temperatures, pieces, or units in each of two hidden layers; None for 16, 100 and 10.
         weighting, window, epsilon, scale, left_out: of `HCalibrationLoss`.
         select: which number, on the fitted samples, chooses the checkpoint, and the map among several: ``"nll"``;
@@ -301,7 +311,7 @@ class HCalibration(Calibrator):
             the paper, which also has 20.
         patience: training ends after so many such passes; 160 as in the paper.
         max_events: of a set with more events (samples times classes), a random part of the samples is used: a map of
-            few parameters needs no more. 2 000 000 is ours.
+            few parameters needs no more. 500 000 is ours.
         seed: of the start, of the order of the samples, and of every other draw.
 
     Weights count as copies: rows are drawn evenly in proportion to them.
@@ -337,14 +347,14 @@ class HCalibration(Calibrator):
 
     def __init__(
         self,
-        map_: Map | Literal["auto"] | Sequence[Sequence[Any]] = "pwlinear",
+        map_: Map | Literal["auto"] | Sequence[Sequence[Any]] = "linear",
         size: int | None = None,
         *,
         weighting: Weighting = "cluace",
         window: int = 200,
         epsilon: float = 1e-20,
         scale: float = 1e5,
-        left_out: int | None = 16,
+        left_out: int | None = 10,
         select: Selector = "nll",
         exact: bool = True,
         steps: int = 50,
@@ -353,7 +363,7 @@ class HCalibration(Calibrator):
         batch: int = 5000,
         plateau: int = 40,
         patience: int = 160,
-        max_events: int = 2_000_000,
+        max_events: int = 500_000,
         seed: int = 1357,
     ) -> None:
         super().__init__()
@@ -439,7 +449,7 @@ class HCalibration(Calibrator):
             optimizer.step()
 
         whole = slice(None)
-        for _ in track(range(self.epochs), f"h-calibration, {name} {size}"):
+        for epoch in track(range(self.epochs + 1), f"h-calibration, {name} {size}"):
             with torch.set_grad_enabled(parts == 1):
                 current = scores(whole)
             selector, error = _selector(self.select, current.detach(), labels), _ece(current.detach(), labels)
@@ -447,7 +457,7 @@ class HCalibration(Calibrator):
                 best, chosen = selector, {key: value.detach().clone() for key, value in state.items()}
             waited = 0 if error < lowest else waited + 1
             lowest = min(lowest, error)
-            if waited > self.patience:
+            if epoch == self.epochs or waited > self.patience:
                 break
             schedule.step(error)
             with torch.enable_grad():

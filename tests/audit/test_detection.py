@@ -134,6 +134,13 @@ def test_a_detector_that_needs_nothing_is_told_so(tmp_path):
     assert set(json.loads(page.islands["figures"])) == {"reliability-before", "ranking"}
 
 
+def test_few_images_decide_nothing(tmp_path):
+    result = audit_detections(*pair(tmp_path, images=12), tmp_path / "out", **FAST)
+    head, cure = report.verdict(result).headline
+    assert head == "Too few images to tell."
+    assert cure.startswith(("Whether", "No correction"))
+
+
 def test_another_pair_to_fit_on(tmp_path):
     measured, fitting = pair(tmp_path), pair(tmp_path, "-val", seed=1, images=80)
     result = audit_detections(*measured, tmp_path / "out", calibration=fitting, **FAST)

@@ -79,14 +79,9 @@ class GroundTruth:
             if not isinstance(data, dict) or not isinstance(data.get(key), list):
                 raise InputError(f"{path}: must be a COCO annotation file with a list {key!r}")
         image_ids = _sorted(_column(data["images"], "id", f"{path}: images"), f"{path}: ids of images")
-        categories = {
-            entry_id: str(entry.get("name", entry_id))
-            for entry, entry_id in zip(
-                data["categories"], _column(data["categories"], "id", f"{path}: categories"), strict=True
-            )
-            if isinstance(entry_id, Hashable)
-        }
-        class_ids = _sorted(_column(data["categories"], "id", f"{path}: categories"), f"{path}: ids of categories")
+        found = _column(data["categories"], "id", f"{path}: categories")
+        class_ids = _sorted(found, f"{path}: ids of categories")
+        names = {k: str(entry.get("name", k)) for k, entry in zip(found, data["categories"])}
         where = f"{path}: annotations"
         entries = data["annotations"]
         return _made(
@@ -98,7 +93,7 @@ class GroundTruth:
             crowd=torch.tensor([entry.get("iscrowd", 0) == 1 for entry in entries], dtype=torch.bool),
             image_ids=image_ids,
             class_ids=class_ids,
-            names=[categories[i] for i in class_ids],
+            names=[names[k] for k in class_ids],
         )
 
     @property

@@ -130,6 +130,9 @@ def _cure(result: DetectionAudit) -> tuple[str, str]:
     name = best.name.partition(",")[0]
     before, after = result.before, result.after
     moves = f"takes LaECE from {percent(before['laece'][0])} to {percent(after['laece'][0])}"
+    if result.n < _FEW_IMAGES:
+        doubt = f"which {plural(result.n, 'image')} cannot confirm"
+        return f"Whether {mid_sentence(name)} helps is uncertain", f"{best.name}, {moves}, {doubt}"
     error = compare(before["laece"], after["laece"], -1, result.change["laece"])
     placing = compare(before["lrp"], after["lrp"], -1, result.change["lrp"])
     lrp = {

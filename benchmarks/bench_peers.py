@@ -1,9 +1,9 @@
 """Every calibrator that netcal, probmetrics, scikit-learn or uncertainty-calibration also has, beside them.
 
 Each contestant is fitted in a process of its own, on the same scores, under a time limit; the held-out log loss is on
-as many other rows, with probabilities below 1e-7 counted as 1e-7. A fit is timed after one on other, smaller scores, so that
-compilation and first calls do not count. Peak memory is what the process took at most, above what the scores and the
-imports take.
+as many other rows, with probabilities below 1e-7 counted as 1e-7. A fit is timed after one on other, smaller scores,
+so that compilation and first calls do not count. Peak memory is what the process took at most, above what the scores
+and the imports take.
 
     python -m benchmarks.bench_peers [--families vector ...] [--sizes 5000x10 ...] [--limit 300] [--write FILE.json]
 """

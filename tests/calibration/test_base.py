@@ -258,7 +258,7 @@ def damage(folder, **changes):
 
 @pytest.mark.parametrize("name", ["Calibrator", "load", "CALIBRATORS", "Path", "os.system", "Weighted", None, 3])
 def test_only_exported_calibrators_are_loaded(tmp_path, name):
-    with pytest.raises(InputError, match="the class must be one of trimtab.calibration"):
+    with pytest.raises(InputError, match=r"the class must be one of trimtab\.calibration"):
         load(damage(tmp_path, **{"class": name}))
 
 

@@ -17,8 +17,9 @@ def objective(calibrator, logits, labels, weights=None):
     temperature = float(TemperatureScaling().fit(logits, labels, weights=weights).temperature)
     off = ~torch.eye(c, dtype=torch.bool)
     total = float(shares.sum())
+    spread = max(float(calibrator.spread), 1e-3)  # where it is zero, the weights are too
     penalties = {
-        "off_diagonal": (w[off].square().mean(), c * (c - 1) * temperature**2 / (2 * total * 0.05**2)),
+        "off_diagonal": (w[off].square().mean(), c * (c - 1) * temperature**2 / (2 * total * spread**2)),
         "intercept": (b.square().mean(), c / (2 * total)),
         "diagonal": ((w.diagonal() - 1 / temperature).square().mean(), c * temperature**2 / (2 * total * 0.3**2)),
     }
@@ -27,7 +28,11 @@ def objective(calibrator, logits, labels, weights=None):
     for name, (square, default) in penalties.items():
         given = getattr(calibrator, name)
         loss = loss + square * (default if given is None else given)
-    return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, (w, b))])
+    grad_w, grad_b = torch.autograd.grad(loss, (w, b))
+    if calibrator.spread == 0:
+        assert not w[off].any()
+        grad_w = grad_w.diagonal()
+    return loss.detach(), torch.cat([grad_w.flatten(), grad_b])
 
 
 @pytest.mark.parametrize("c", [2, 3, 8])
@@ -48,6 +53,38 @@ def test_both_solvers_agree(monkeypatch):
     large = MatrixScaling().fit(logits, labels)
     assert objective(large, logits, labels)[0] <= objective(newton, logits, labels)[0] + 1e-9
     assert torch.allclose(large(logits), newton(logits), atol=1e-3)
+
+
+def mixed_up(n, c, amount):
+    """Labels, and logits in which every class lies in wait for the next."""
+    random = generator(0)
+    truth = 2 * torch.randn(n, c, generator=random, dtype=torch.float64)
+    labels = truth.softmax(1).multinomial(1, generator=random)[:, 0]
+    return truth - amount * truth.roll(1, 1), labels
+
+
+@pytest.mark.parametrize("n", [600, 5000])
+def test_off_diagonal_weights_are_let_go_where_they_help_and_only_there(n):
+    spreads = []
+    for amount in (0.0, 0.4):
+        logits, labels = mixed_up(2 * n, 8, amount)
+        calibrator = MatrixScaling().fit(logits[:n], labels[:n])
+        spreads.append(float(calibrator.spread))
+        given = 8 * 7 / (2 * n * (0.05 / TemperatureScaling().fit(logits[:n], labels[:n]).temperature) ** 2)
+        fixed = MatrixScaling(off_diagonal=float(given)).fit(logits[:n], labels[:n])
+        assert float(fixed.spread) == pytest.approx(0.05)
+        chosen, usual = (log_loss(m(logits[n:]), labels[n:]) for m in (calibrator, fixed))
+        assert chosen < usual + 1e-3
+    assert spreads[0] <= 0.015
+    assert spreads[1] == pytest.approx(0.15)
+
+
+def test_the_choice_does_not_depend_on_copies_of_the_logits_constant():
+    logits, labels = mixed_up(900, 5, 0.4)
+    shifted = logits + torch.randn(900, 1, generator=generator(3)).double()
+    plain, moved = (MatrixScaling().fit(x, labels) for x in (logits, shifted))
+    assert plain.spread == moved.spread
+    assert torch.allclose(plain(logits), moved(shifted), atol=1e-4)
 
 
 def test_without_penalties_it_is_logistic_regression_on_log_probabilities():

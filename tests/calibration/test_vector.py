@@ -5,7 +5,7 @@ import torch
 from score_sets import generator, log_loss, overconfident
 from sklearn.linear_model import LogisticRegression
 
-from trimtab.calibration import TemperatureScaling, VectorScaling, vector
+from trimtab.calibration import TemperatureScaling, VectorScaling, multinomial
 from trimtab.core.checks import InputError
 
 
@@ -38,7 +38,7 @@ def test_the_gradient_vanishes(c, sds, weighted):
 def test_both_solvers_agree(monkeypatch):
     logits, labels = overconfident(2000, 12)
     newton = VectorScaling().fit(logits, labels)
-    monkeypatch.setattr(vector, "_NEWTON_CLASSES", 2)
+    monkeypatch.setattr(multinomial, "_NEWTON_CLASSES", 2)
     large = VectorScaling().fit(logits, labels)
     assert objective(large, logits, labels)[0] <= objective(newton, logits, labels)[0] + 1e-9
     assert torch.allclose(large(logits), newton(logits), atol=1e-3)

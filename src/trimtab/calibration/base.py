@@ -73,9 +73,10 @@ class Calibrator(Fitted):
     """Turns logits into calibrated log-probabilities: fitted once on held-out scores, then a layer like any other.
 
     A new calibrator is a subclass with two methods. `_fit(logits, labels, weights, **needed)` finds the state and
-    hands it to `_store`; `_log_probs(logits, **needed)` maps logits to log-probabilities, differentiably. What `_fit` receives has been checked: finite logits in at least single precision, labels in range and of at least
-    two classes, weights > 0 (rows of weight zero are left out; None where all rows count alike). It runs without
-    gradients: one that trains by them does so under `torch.enable_grad`.
+    hands it to `_store`; `_log_probs(logits, **needed)` maps logits to log-probabilities, differentiably. What `_fit`
+    receives has been checked: finite logits in at least single precision, labels in range and of at least two classes,
+    weights > 0 (rows of weight zero are left out; None where all rows count alike). It runs without gradients: one
+    that trains by them does so under `torch.enable_grad`.
 
     Attributes:
         needs: fields of `Predictions` beyond logits and labels that `fit` and `forward` take by keyword

@@ -82,6 +82,7 @@ def lbfgs(
     start: Float[Tensor, " d"],
     scale: Float[Tensor, " d"],
     *,
+    tolerance: float = LARGE_TOLERANCE,
     max_iterations: int = 2000,
 ) -> Float[Tensor, " d"]:
     """Minimise one convex function of many variables by L-BFGS (SciPy's) in float64.
@@ -91,6 +92,7 @@ def lbfgs(
         start: where to begin.
         scale: curvature of the loss along each variable, of the right order: the search runs in variables multiplied
             by its square root.
+        tolerance: how much loss may be left to win.
         max_iterations: a RuntimeWarning says when they did not suffice.
     """
     root = scale.double().clamp(min=1e-10 * float(scale.max())).sqrt().cpu()
@@ -104,7 +106,7 @@ def lbfgs(
         return float(loss), slope
 
     def stop(_: np.ndarray) -> None:
-        if left <= LARGE_TOLERANCE:
+        if left <= tolerance:
             raise StopIteration
 
     found = scipy.optimize.minimize(
@@ -115,6 +117,6 @@ def lbfgs(
         callback=stop,
         options={"maxiter": max_iterations, "maxfun": 2 * max_iterations, "maxcor": 20, "ftol": 0.0, "gtol": 0.0},
     )
-    if not found.jac @ found.jac / 2 <= LARGE_TOLERANCE:
+    if not found.jac @ found.jac / 2 <= tolerance:
         warnings.warn(f"L-BFGS did not converge in {found.nit} iterations", RuntimeWarning, stacklevel=3)
     return (torch.from_numpy(found.x) / root).to(start)

@@ -18,9 +18,6 @@ from torch import Tensor
 
 from trimtab.calibration import multinomial
 from trimtab.calibration.base import Calibrator
-from trimtab.calibration.solve import lbfgs, newton
-
-_NEWTON_CLASSES = 200
 
 
 class VectorScaling(Calibrator):
@@ -69,37 +66,8 @@ class VectorScaling(Calibrator):
         slope_sd, bias_sd = factor * (self.slope_sd or math.inf), self.bias_sd or math.inf
         precision = 1 / (total * torch.cat([slope_sd * ones, bias_sd * ones]).square())
 
-        def first_order(x: Tensor) -> tuple[Tensor, Tensor]:
-            loss, gradient = (precision * (x - centre).square()).sum() / 2, precision * (x - centre)
-            for z, y, shares in multinomial.blocks(logits, labels, weights):
-                part, residual, _ = multinomial.log_loss(z * x[:c] + x[c:], y, shares)
-                loss += part
-                gradient += torch.cat([(residual * z).sum(0), residual.sum(0)])
-            return loss, gradient
-
-        def second_order(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            x = batch[0]
-            loss, gradient = (precision * (x - centre).square()).sum() / 2, precision * (x - centre)
-            hessian = torch.diag(precision)
-            same_class = hessian.view(2, c, 2, c).diagonal(dim1=1, dim2=3)
-            for z, y, shares in multinomial.blocks(logits, labels, weights):
-                part, residual, p = multinomial.log_loss(z * x[:c] + x[c:], y, shares)
-                loss += part
-                gradient += torch.cat([(residual * z).sum(0), residual.sum(0)])
-                mass = p * shares[:, None]
-                moments = [(mass * z * z).sum(0), (mass * z).sum(0), mass.sum(0)]
-                same_class += torch.stack([torch.stack(moments[:2]), torch.stack(moments[1:])])
-                hessian -= torch.cat([z * p, p], 1).mT @ torch.cat([z * mass, mass], 1)
-            return loss[None], gradient[None], hessian[None]
-
         start = multinomial.start(centre, factor)
-        if c <= _NEWTON_CLASSES:
-            found = newton(second_order, start[None])[0]
-        else:
-            rate = torch.bincount(labels, weights, minlength=c).double() / total
-            size = logits.double().square().mean(0)
-            curvature = torch.cat([rate * (1 - rate) * size, rate * (1 - rate)]) + precision
-            found = lbfgs(first_order, start, curvature)
+        found = multinomial.slopes_and_shifts(logits, labels, weights, precision, centre, start)
         self._store(logits, weight=found[:c], bias=found[c:])
 
     def _log_probs(self, logits: Tensor) -> Tensor:

@@ -216,7 +216,9 @@ def laace_per_class(
     kept = ~matches.ignored | include_ignored
     gap = (matches.scores[kept] - matches.iou[kept]).abs()
     values = torch.stack([torch.ones_like(gap), gap], 1)
-    samples, error = image_sums(matches.image[kept], matches.label[kept], values, matches.images, matches.classes, counts)
+    samples, error = image_sums(
+        matches.image[kept], matches.label[kept], values, matches.images, matches.classes, counts
+    )
     return error / samples
 
 

@@ -12,7 +12,7 @@ from test_report import Page
 from trimtab import cli
 from trimtab.audit import audit_detections
 from trimtab.audit.brief import brief
-from trimtab.audit.detection import CANDIDATES
+from trimtab.audit.detectors import CANDIDATES
 from trimtab.audit.report import detection as report
 from trimtab.calibration import load
 from trimtab.claims.calibration.detector_calibration import scene

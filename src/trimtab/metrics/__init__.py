@@ -14,15 +14,11 @@ from trimtab.metrics.detection import (
     DetectionECE,
     LaACE,
     LaECE,
-    LocalisationRecallPrecision,
-    LRPParts,
     detection_ece,
     laace,
     laace_per_class,
     laece,
     laece_per_class,
-    lrp,
-    lrp_optimal_thresholds,
 )
 from trimtab.metrics.ece import ExpectedCalibrationError, expected_calibration_error
 from trimtab.metrics.ece_equal_mass import ExpectedCalibrationErrorEqualMass, expected_calibration_error_equal_mass
@@ -32,6 +28,7 @@ from trimtab.metrics.intervals import IntervalCoverage, IntervalWidth, interval_
 from trimtab.metrics.kdece import KernelDensityError, kernel_density_error
 from trimtab.metrics.ksce import KolmogorovSmirnovError, kolmogorov_smirnov_error
 from trimtab.metrics.kuiper import KuiperError, kuiper_error
+from trimtab.metrics.localisation import LocalisationRecallPrecision, LRPParts, lrp, lrp_optimal_thresholds
 from trimtab.metrics.matching import Matches, match_detections
 from trimtab.metrics.mce import MaximumCalibrationError, maximum_calibration_error
 from trimtab.metrics.measures import COLUMNS

@@ -21,7 +21,14 @@ _THERE = ("true_boxes", "true_labels", "crowd")
 
 
 class BoxMetric(Metric):
-    """Keeps the boxes of every image, found and true; a measure adds `compute`."""
+    """Keeps the boxes of every image, found and true; a measure adds `compute`.
+
+    Args:
+        num_classes: labels lie in 0..num_classes-1.
+        box_format: ``"xyxy"``, ``"xywh"`` or ``"cxcywh"``.
+        tau: least intersection over union of a true positive.
+        max_detections: how many detections of an image and class count.
+    """
 
     is_differentiable = False
     higher_is_better = False

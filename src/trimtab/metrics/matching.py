@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from trimtab.core import checks
@@ -137,6 +137,27 @@ def match_detections(
         classes=truth.classes,
         tau=tau,
     )
+
+
+def image_sums(
+    image: Tensor,
+    cell: Tensor,
+    values: Float[Tensor, "n k"],
+    images: int,
+    cells: int,
+    counts: Num[Tensor, "r images"] | None,
+) -> Float[Tensor, "k *r cells"]:
+    """Each column of `values` added up cell by cell; with `counts`, each image so often as it counts.
+
+    Measures are functions of such sums, so that a bootstrap over images is a product of two matrices.
+    """
+    if counts is None:
+        return values.new_zeros(cells, values.shape[1]).index_add_(0, cell, values).mT
+    columns = values.unbind(1)
+    at = torch.stack([cell, image])
+    weights = counts.to(values).mT
+    tables = (torch.sparse_coo_tensor(at, column, (cells, images), check_invariants=False) for column in columns)
+    return torch.stack([torch.sparse.mm(table, weights).mT for table in tables])
 
 
 def _place_in_run(x: Int[Tensor, " n"]) -> Int[Tensor, " n"]:

@@ -277,7 +277,7 @@ def test_hard_calibration_sets(map_, case):
     _, logits, labels, *weights = case
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        calibrator = quick(map_, epochs=6).fit(logits, labels, weights=weights[0] if weights else None)
+        calibrator = quick(map_, epochs=4).fit(logits, labels, weights=weights[0] if weights else None)
     unseen = 100 * torch.randn(40, logits.shape[1], generator=generator(3))
     for x in (logits, unseen):
         probs = calibrator.predict_proba(x)

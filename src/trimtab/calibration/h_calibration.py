@@ -27,8 +27,8 @@ map.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -37,17 +37,17 @@ from torch.nn.functional import nll_loss, one_hot
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from trimtab.calibration import monotone_maps
 from trimtab.calibration.base import Calibrator
-from trimtab.calibration.monotone_maps import monotone_network, piecewise_linear, tempered_mixture
+from trimtab.calibration.event_windows import Weighting, sorted_events, window_errors
+from trimtab.calibration.monotone_maps import Map
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.core.progress import track
 from trimtab.core.threads import one_thread
 from trimtab.metrics.binning import bin_sums, prefix
 
-Weighting = Literal["cluace", "cluece", "unweighted", "ace", "ece", "den", "dst"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
-Map = Literal["temperature", "linear", "pwlinear", "nonlinear"]
 Selector = Literal["nll", "dece", "cwece"]
 
 CANDIDATES: tuple[tuple[Map, int], ...] = (
@@ -59,9 +59,7 @@ CANDIDATES: tuple[tuple[Map, int], ...] = (
 
 _SIZES: dict[Map, int] = {"temperature": 1, "linear": 16, "pwlinear": 100, "nonlinear": 10}
 _BINS = 15
-_LLOYD_STEPS = 25
 _BLOCK_ELEMENTS = 1 << 18
-_KNOTS = 256
 
 
 class HCalibrationLoss(nn.Module):
@@ -123,6 +121,7 @@ class HCalibrationLoss(nn.Module):
             InputError: a shape, type or range is wrong.
         """
         p = checks.probabilities(probs)
+        p = p.float() if p.dtype in (torch.float16, torch.bfloat16) else p
         n, c = p.shape
         if n < 2:
             raise InputError("probs must have at least two rows, got 1")
@@ -135,14 +134,22 @@ class HCalibrationLoss(nn.Module):
         slopes, found together in closed form, are all there is to differentiate.
         """
         fixed = probs.detach()
-        events = _sorted_events(fixed, labels)
+        events = sorted_events(fixed, labels)
         value, slopes = fixed.new_zeros((), dtype=torch.float64), fixed.new_zeros(fixed.numel(), dtype=torch.float64)
         left, shares = self.subsets(labels, fixed.shape[1])
         for part in torch.arange(len(left), device=left.device).split(max(1, _BLOCK_ELEMENTS // fixed.numel())):
             given = None if centroids is None else centroids[part]
-            errors, weights, position, box = self._errors(events, left[part], shares[part], given)
-            value += errors @ weights
-            slopes.index_add_(0, position, box)
+            part_value, position, part_slopes = window_errors(
+                events,
+                left[part],
+                shares[part],
+                weighting=self.weighting,
+                window=self.window,
+                epsilon=self.epsilon,
+                centroids=given,
+            )
+            value += part_value
+            slopes.index_add_(0, position, part_slopes)
         slopes = torch.empty_like(slopes).index_copy_(0, events.order, slopes).view_as(fixed)
         return (self.scale * value).to(fixed.dtype) + ((probs - fixed) * (self.scale * slopes).to(fixed.dtype)).sum()
 
@@ -163,129 +170,6 @@ class HCalibrationLoss(nn.Module):
         something = (left < 0) | (counts[left] < len(labels))
         return left[something], times[something].double() / len(chosen)
 
-    def _errors(
-        self, events: _Events, left: Tensor, shares: Tensor, centroids: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of all subsets one after another: every event's error e, its weight, its position, and the loss's slope."""
-        half, width = self.window // 2, self.window + 1
-        subset, position = (events.label != left[:, None]).nonzero(as_tuple=True)
-        sizes = torch.bincount(subset, minlength=len(left))
-        end = sizes.cumsum(0)
-        key = subset * (len(events.value) + 1) + position
-        kept = _Kept(subset, position, key, end - sizes, end, events)
-        place = torch.arange(len(position), device=position.device)
-        low = torch.maximum(place - half, kept.start[subset])
-        high = torch.minimum(place + half + 1, end[subset])
-
-        gaps = _sums(events.gap[position])
-        mean_gap = (gaps[high] - gaps[low]) / width
-        errors = (mean_gap.abs() - self.epsilon).clamp(min=0)
-        weights = self._weights(kept, place, low, high, centroids) * shares[subset]
-        pushes = _sums(weights * mean_gap.sign() * (errors > 0))
-        return errors, weights, position, (pushes[high] - pushes[low]) / width
-
-    def _weights(self, kept: _Kept, place: Tensor, low: Tensor, high: Tensor, centroids: Tensor | None) -> Tensor:
-        """How much every event's error counts in its subset's loss."""
-        if self.weighting == "unweighted":
-            return (1 / (kept.end - kept.start).double())[kept.subset]
-        values = kept.events.value[kept.position].double()
-        if self.weighting in ("den", "dst"):
-            return self._spread(kept, values, place, low, high)
-        if self.weighting in ("ace", "ece"):
-            edges = torch.linspace(0, 1, _BINS + 1).to(kept.events.value)
-            first = torch.searchsorted(kept.events.value, edges[:-1])
-            last = torch.searchsorted(kept.events.value, edges[1:], right=True)
-            begin, end = kept.places(first[None]), kept.places(last[None])
-        else:
-            if centroids is None:
-                centroids = _k_means(kept, values)
-            bounds = kept.bounds(centroids)
-            begin, end = bounds[:, :-1], bounds[:, 1:]
-        share = 1 / ((end - begin).double() + 1e-5) / begin.shape[1]
-        if self.weighting in ("ece", "cluece"):
-            tops = _sums(kept.events.top[kept.position])
-            counts = tops[end] - tops[begin]
-            share *= counts / counts.sum(1, keepdim=True)
-            if self.weighting == "cluece":
-                share *= begin.shape[1]
-        steps = values.new_zeros(len(values) + 1)
-        steps.index_add_(0, begin.flatten(), share.flatten()).index_add_(0, end.flatten(), -share.flatten())
-        return steps.cumsum(0)[:-1]
-
-    def _spread(self, kept: _Kept, values: Tensor, place: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Weights that are large where events are far apart."""
-        half = self.window // 2
-        if self.weighting == "den":
-            last = (kept.end - 1)[kept.subset]
-            return (values[torch.minimum(place + half, last)] - values[low]) / self.window
-        sums = _sums(values)
-        before, after = place - low, high - place - 1
-        distance = (before - after) * values - (sums[place] - sums[low]) + (sums[high] - sums[place + 1])
-        return distance / (before + after).clamp(min=1)
-
-
-class _Events(NamedTuple):
-    """Every (sample, class) with its probability, by ascending probability."""
-
-    order: Tensor  # where in the flattened (n, c) each stands
-    value: Tensor
-    gap: Tensor  # probability - outcome, float64
-    label: Tensor  # of the sample
-    top: Tensor  # whether the class is the one that the sample is predicted to be
-
-
-def _sorted_events(probs: Tensor, labels: Tensor) -> _Events:
-    c = probs.shape[1]
-    value, order = probs.flatten().sort(stable=True)
-    row, column = order // c, order % c
-    label = labels[row]
-    top = column == probs.argmax(1)[row]
-    return _Events(order, value, value.double() - (column == label).double(), label, top)
-
-
-class _Kept(NamedTuple):
-    """The events of several subsets, one after another."""
-
-    subset: Tensor  # of every kept event
-    position: Tensor  # of every kept event among all events
-    key: Tensor  # both in one number, which ascends
-    start: Tensor  # of every subset among the kept events
-    end: Tensor
-    events: _Events
-
-    def places(self, positions: Tensor) -> Tensor:
-        """Where positions among all events fall among the kept events of every subset, (subsets, k)."""
-        subsets = torch.arange(len(self.start), device=positions.device)[:, None]
-        return torch.searchsorted(self.key, subsets * (len(self.events.value) + 1) + positions)
-
-    def bounds(self, centroids: Tensor) -> Tensor:
-        """Where the clusters of every subset begin and end: every event goes to the nearest centroid."""
-        between = (centroids[:, :-1] + centroids[:, 1:]) / 2
-        positions = torch.searchsorted(self.events.value, between.to(self.events.value).contiguous())
-        return torch.cat([self.start[:, None], self.places(positions), self.end[:, None]], 1)
-
-
-def _k_means(kept: _Kept, values: Tensor) -> Tensor:
-    """Centroids of every subset by Lloyd's steps from quantiles of the distinct values, fewer than 15 if those are."""
-    value = kept.events.value
-    distinct = value[torch.cat([value.new_ones(1, dtype=torch.bool), value[1:] > value[:-1]])].double()
-    k = min(_BINS, len(distinct))
-    at = ((2 * torch.arange(k, device=value.device) + 1) * len(distinct)) // (2 * k)
-    centroids = distinct[at].expand(len(kept.start), k)
-    sums = _sums(values)
-    bounds = None
-    for _ in range(_LLOYD_STEPS):
-        previous, bounds = bounds, kept.bounds(centroids)
-        if previous is not None and torch.equal(bounds, previous):
-            break
-        counts = bounds.diff()
-        centroids = torch.where(counts > 0, sums[bounds].diff() / counts.clamp(min=1), centroids)
-    return centroids
-
-
-def _sums(x: Tensor) -> Tensor:
-    return prefix(x[None])[0]
-
 
 class HCalibration(Calibrator):
     """A map that keeps the order of the classes, fitted by `HCalibrationLoss`.
@@ -294,9 +178,8 @@ class HCalibration(Calibrator):
         map_: ``"temperature"``; ``"linear"``, a mixture of temperatures; ``"pwlinear"``, one piecewise linear function
             of the log-probabilities; ``"nonlinear"``, one monotone function, the integral of a small network;
             ``"auto"``, the best by `select` of the paper's twelve candidates (`CANDIDATES`); or pairs of a map and its
-            size to choose from. The default is ours: of the
-            maps at their default sizes it had the least log loss on average (see above), and it is plain softmaxes
-            wherever it is deployed.
+            size to choose from. The default is ours: of the maps at their default sizes it had the least log loss on
+            average (see above), and it is plain softmaxes wherever it is deployed.
         size: how many temperatures, pieces, or units in each of two hidden layers; None for 16, 100 and 10.
         weighting, window, epsilon, scale, left_out: of `HCalibrationLoss`.
         select: which number, on the fitted samples, chooses the checkpoint, and the map among several: ``"nll"``;
@@ -435,8 +318,10 @@ class HCalibration(Calibrator):
     ) -> tuple[float, dict[str, Tensor]]:
         """The lowest selector met on the way, and the parameters that had it."""
         generator = torch.Generator().manual_seed(self.seed)
-        state = {key: value.to(log_p).requires_grad_() for key, value in _start(name, size, generator).items()}
-        scores = self._trainee(log_p, standard, state)
+        state = {
+            key: value.to(log_p).requires_grad_() for key, value in monotone_maps.start(name, size, generator).items()
+        }
+        scores = monotone_maps.trainee(log_p, standard, state, self.exact, self.steps)
         loss = self._loss()
         optimizer = Adam(state.values(), self.lr)
         schedule = ReduceLROnPlateau(optimizer, factor=0.5, patience=self.plateau)
@@ -468,56 +353,10 @@ class HCalibration(Calibrator):
                         step(rows.to(labels.device), scores(rows.to(labels.device)))
         return best, chosen
 
-    def _trainee(self, log_p: Tensor, standard: Tensor, state: dict[str, Tensor]) -> Callable[[Tensor | slice], Tensor]:
-        """Log-probabilities of chosen rows under the parameters as they are.
-
-        The network's integral is taken at 512 knots and interpolated between them: a hundredth of the work. `forward`
-        integrates for every value.
-        """
-        if "network" not in state:
-            return lambda rows: self._mapped(log_p[rows], standard, **state)
-        x = (log_p - standard[0]) / standard[1]
-        by_rank = x.flatten().sort().values[torch.linspace(0, x.numel() - 1, _KNOTS).long()]
-        evenly = torch.linspace(float(x.min()), float(x.max()), _KNOTS).to(x)
-        knots = torch.cat([by_rank, evenly]).unique()
-        knots = torch.cat([knots, knots[-1:] + 1])
-        place = (torch.searchsorted(knots, x, right=True) - 1).clamp(0, len(knots) - 2)
-        share = (x - knots[place]) / (knots[place + 1] - knots[place])
-
-        def scores(rows: Tensor | slice) -> Tensor:
-            height = monotone_network(knots, state["network"], self.steps)
-            at = place[rows]
-            return torch.lerp(height[at], height[at + 1], share[rows]).log_softmax(1)
-
-        return scores
-
     def _log_probs(self, logits: Tensor) -> Tensor:
         dtype = logits.dtype
         state = {name: getattr(self, name).to(dtype) for name in ("factors", "shares", "slopes", "network")}
-        return self._mapped(logits.log_softmax(-1), self.standard.to(dtype), **state)
-
-    def _mapped(self, log_p: Tensor, standard: Tensor, **state: Tensor) -> Tensor:
-        if len(state.get("slopes", ())):
-            return piecewise_linear(log_p, state["slopes"], self.exact).log_softmax(-1)
-        if len(state.get("network", ())):
-            x = (log_p - standard[0]) / standard[1]
-            return monotone_network(x, state["network"], self.steps).log_softmax(-1)
-        return tempered_mixture(log_p, state["factors"], state["shares"])
-
-
-def _start(name: Map, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """A map's parameters before training."""
-
-    def uniform(count: int, inputs: int) -> Tensor:
-        return (2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1) / math.sqrt(inputs)
-
-    if name == "temperature":
-        return {"factors": torch.ones(1), "shares": torch.ones(1)}
-    if name == "linear":
-        return {"factors": uniform(size, size), "shares": uniform(size, size)}
-    if name == "pwlinear":
-        return {"slopes": torch.ones(size + 1)}
-    return {"network": torch.cat([uniform(2 * size, 1), uniform(size * size + 2 * size + 1, size)])}
+        return monotone_maps.apply(logits.log_softmax(-1), self.standard.to(dtype), state, self.exact, self.steps)
 
 
 def _copies(weights: Tensor) -> Tensor:
@@ -557,8 +396,8 @@ def _debiased_ece(confidence: Tensor, correct: Tensor) -> float:
     edges = (torch.arange(bins + 1, device=confidence.device, dtype=torch.float64) * n / bins).round().long()
     order = confidence.argsort(stable=True)
     counts = edges.diff()
-    accuracy = _sums(correct[order])[edges].diff() / counts
-    gap = accuracy - _sums(confidence[order])[edges].diff() / counts
+    accuracy, stated = prefix(torch.stack([correct, confidence])[:, order])[:, edges].diff() / counts
+    gap = accuracy - stated
     deviation = (accuracy * (1 - accuracy) / counts).sqrt()
     ratio = torch.where(deviation > 0, gap / deviation.clamp(min=1e-300), math.inf) / math.sqrt(2)
     folded = gap.abs() * torch.erf(ratio.abs()) + deviation * math.sqrt(2 / math.pi) * (-(ratio**2)).exp()

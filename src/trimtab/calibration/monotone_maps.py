@@ -7,7 +7,9 @@ mixture weight counts by its absolute value, as in the code of Huang et al. (202
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,8 +19,10 @@ from torch.nn.functional import elu
 
 from trimtab.calibration.base import logsumexp
 
+Map = Literal["temperature", "linear", "pwlinear", "nonlinear"]
 REACH = 100.0
 """Pieces of `piecewise_linear` divide the log-probabilities from 0 down to minus this."""
+_KNOTS = 256
 
 
 def tempered_mixture(
@@ -98,3 +102,67 @@ def _clenshaw_curtis(steps: int) -> tuple[list[float], list[float]]:
     cosines = np.cos(np.outer(k, k) * np.pi / steps)
     weights = 2 / steps * ends * (cosines @ moments)
     return ((1 + np.cos(k * np.pi / steps)) / 2).tolist(), weights.tolist()
+
+
+def start(name: Map, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """A map's parameters before training, as the authors begin: drawn for the mixture and the network."""
+
+    def uniform(count: int, inputs: int) -> Tensor:
+        return (2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1) / math.sqrt(inputs)
+
+    if name == "temperature":
+        return {"factors": torch.ones(1), "shares": torch.ones(1)}
+    if name == "linear":
+        return {"factors": uniform(size, size), "shares": uniform(size, size)}
+    if name == "pwlinear":
+        return {"slopes": torch.ones(size + 1)}
+    return {"network": torch.cat([uniform(2 * size, 1), uniform(size * size + 2 * size + 1, size)])}
+
+
+def apply(
+    log_p: Float[Tensor, "n c"],
+    standard: Float[Tensor, "2"],
+    state: Mapping[str, Tensor],
+    exact: bool = True,
+    steps: int = 50,
+) -> Float[Tensor, "n c"]:
+    """Log-probabilities under the map whose parameters are there and not empty.
+
+    Args:
+        log_p: log-probabilities (n, c).
+        standard: mean and deviation, which the network's input is rid of.
+        state: ``slopes``, or ``network``, or ``factors`` and ``shares``.
+        exact: of `piecewise_linear`.
+        steps: of `monotone_network`.
+    """
+    if len(state.get("slopes", ())):
+        return piecewise_linear(log_p, state["slopes"], exact).log_softmax(-1)
+    if len(state.get("network", ())):
+        return monotone_network((log_p - standard[0]) / standard[1], state["network"], steps).log_softmax(-1)
+    return tempered_mixture(log_p, state["factors"], state["shares"])
+
+
+def trainee(
+    log_p: Float[Tensor, "n c"], standard: Float[Tensor, "2"], state: Mapping[str, Tensor], exact: bool, steps: int
+) -> Callable[[Tensor | slice], Tensor]:
+    """`apply` to chosen rows, with the parameters as they are at the time.
+
+    The network's integral is taken at 512 knots, and interpolated between them: for training that is near enough, and a
+    hundredth of the work.
+    """
+    if "network" not in state:
+        return lambda rows: apply(log_p[rows], standard, state, exact, steps)
+    x = (log_p - standard[0]) / standard[1]
+    by_rank = x.flatten().sort().values[torch.linspace(0, x.numel() - 1, _KNOTS).long()]
+    evenly = torch.linspace(float(x.min()), float(x.max()), _KNOTS).to(x)
+    knots = torch.cat([by_rank, evenly]).unique()
+    knots = torch.cat([knots, knots[-1:] + 1])
+    place = (torch.searchsorted(knots, x, right=True) - 1).clamp(0, len(knots) - 2)
+    share = (x - knots[place]) / (knots[place + 1] - knots[place])
+
+    def scores(rows: Tensor | slice) -> Tensor:
+        height = monotone_network(knots, state["network"], steps)
+        at = place[rows]
+        return torch.lerp(height[at], height[at + 1], share[rows]).log_softmax(1)
+
+    return scores

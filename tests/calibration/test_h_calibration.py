@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from score_sets import HARD, generator, overconfident
+
 from trimtab.calibration import HCalibration, HCalibrationLoss, TemperatureScaling, load
 from trimtab.calibration.h_calibration import CANDIDATES, WEIGHTINGS, _debiased_ece
 from trimtab.calibration.monotone_maps import monotone_network, piecewise_linear, tempered_mixture
@@ -179,6 +179,18 @@ def test_drawn_classes_estimate_the_mean_over_all():
     again = HCalibrationLoss(left_out=4, seed=3)
     assert torch.equal(torch.stack([again(probs, labels) for _ in range(60)]), values)
     assert torch.equal(HCalibrationLoss(left_out=12)(probs, labels), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    logits = torch.randn(40, 3, generator=generator(0)).to(dtype).requires_grad_()
+    probs = (logits.float().softmax(1) * 64).round().div(64).to(dtype)  # rows that sum to one in few bits
+    probs = torch.cat([probs[:, :2], 1 - probs[:, :2].sum(1, keepdim=True)], 1)
+    value = HCalibrationLoss()(probs, torch.arange(40) % 3)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert torch.isfinite(value)
+    assert torch.isfinite(logits.grad).all()
 
 
 def test_a_thousand_classes():

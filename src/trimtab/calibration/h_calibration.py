@@ -21,7 +21,9 @@ of 4 classes and 5000 of 10: 0.785 and 1.340, 0.780 and 1.333, 0.784 and 1.330, 
 the fault bends and not elsewhere: a single temperature fitted by it stays too sharp (0.4110 and 0.4079). Choosing the
 checkpoint by the debiased error instead of the log loss left the predicted class worse calibrated on held-out images in
 all four maps fitted to 5000. A fit takes 9 to 15 seconds of one core for 5000 rows of 10 classes, and 70 seconds and a
-gigabyte for 10 000 of 1000, where drawing ten of the left-out classes moves the loss by 0.1 %.
+gigabyte for 10 000 of 1000, where drawing ten of the left-out classes moves the loss by 0.1 %. `map_="auto"` takes four
+minutes for the former, and, as the paper selects on the samples that were fitted, leans to large maps: on logits that a
+temperature would have put right it took 500 pieces.
 """
 
 from __future__ import annotations

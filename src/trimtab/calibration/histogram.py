@@ -56,19 +56,22 @@ class HistogramBinning(Calibrator):
         self._declare("edges", "values")
 
     def _fit(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-        odds = one_vs_rest.log_odds(logits)
-        hits = one_vs_rest.outcomes(labels, logits.shape[1])
-        w = torch.ones_like(hits[:, 0]) if weights is None else weights.double()
+        odds = one_vs_rest.log_odds(logits).mT.contiguous()
+        c, k = logits.shape[1], len(odds)
+        w = torch.ones_like(labels, dtype=torch.float64) if weights is None else weights.double()
         prior = 0.0 if self.allow_zero else 1.0
-        edges = odds.new_full((odds.shape[1], self.bins - 1), torch.inf)
-        values = torch.zeros(odds.shape[1], self.bins, dtype=torch.float64, device=odds.device)
-        cut = _equal_mass if self.equal_mass else _equal_width
-        for k in range(odds.shape[1]):
-            cuts = cut(odds[:, k].contiguous(), w, self.bins)
-            edges[k, : len(cuts)] = cuts
-            index = torch.searchsorted(cuts, odds[:, k].contiguous())
-            mass, hit = torch.bincount(index, w), torch.bincount(index, w * hits[:, k])
-            values[k, : len(mass)] = (hit + prior / logits.shape[1]) / (mass + prior)
+        edges = odds.new_full((k, self.bins - 1), torch.inf)
+        values = torch.zeros(k, self.bins, dtype=torch.float64, device=odds.device)
+        members = labels.argsort().split(torch.bincount(labels, minlength=c).tolist())
+        for row, rows in enumerate(members[c - k :]):
+            x, order, apart = one_vs_rest.ascending(odds[row])
+            mass = w if weights is None else w[order]
+            cuts = _equal_mass(x, apart, mass, self.bins) if self.equal_mass else _equal_width(x, self.bins)
+            ends = torch.cat([torch.searchsorted(x, cuts, right=True), order.new_tensor([len(x)])])
+            in_bin = torch.segment_reduce(mass, "sum", lengths=ends.diff(prepend=order.new_zeros(1)))
+            hit = torch.bincount(torch.searchsorted(cuts, odds[row, rows]), w[rows], minlength=len(ends))
+            edges[row, : len(cuts)] = cuts
+            values[row, : len(ends)] = (hit + prior / c) / (in_bin + prior)
         self._store(logits, edges=edges, values=values)
 
     def _log_probs(self, logits: Tensor) -> Tensor:
@@ -79,18 +82,21 @@ class HistogramBinning(Calibrator):
         return one_vs_rest.from_probabilities(steps + 0 * odds)
 
 
-def _equal_mass(scores: Tensor, w: Tensor, bins: int) -> Tensor:
+def _equal_mass(x: Tensor, apart: Tensor, mass: Tensor, bins: int) -> Tensor:
     """Edges half-way between the distinct scores that split the weight most evenly."""
-    x, group = one_vs_rest.distinct(scores)
-    below = torch.bincount(group, w).cumsum(0)
-    wanted = below[-1] * torch.arange(1, bins, dtype=below.dtype, device=below.device) / bins
-    after = torch.searchsorted(below, wanted).clamp(1, max(1, len(x) - 1))
-    last = torch.where(wanted - below[after - 1] <= below[after.clamp(max=len(x) - 1)] - wanted, after - 1, after)
-    last = last[last < len(x) - 1].unique()
+    ends = apart.nonzero()[:, 0]
+    if len(ends) == 0:
+        return x[:0]
+    below = mass.cumsum(0)
+    wanted = below[-1] * torch.arange(1, bins, dtype=mass.dtype, device=mass.device) / bins
+    below = below[ends]
+    after = torch.searchsorted(below, wanted).clamp(max=len(ends) - 1)
+    before = (after - 1).clamp(min=0)
+    last = ends[torch.where(wanted - below[before] <= below[after] - wanted, before, after).unique()]
     return (x[last] + x[last + 1]) / 2
 
 
-def _equal_width(scores: Tensor, w: Tensor, bins: int) -> Tensor:
+def _equal_width(x: Tensor, bins: int) -> Tensor:
     """Edges equally spaced in probability, as log-odds, without those that would leave a bin empty."""
-    edges = (torch.arange(1, bins, dtype=torch.float64, device=scores.device) / bins).logit().to(scores)
-    return edges[torch.searchsorted(edges, scores).unique()[1:] - 1]
+    edges = (torch.arange(1, bins, dtype=torch.float64, device=x.device) / bins).logit().to(x)
+    return edges[torch.searchsorted(edges, x).unique()[1:] - 1]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -62,15 +63,23 @@ def outcomes(labels: Int[Tensor, " n"], c: int) -> Float[Tensor, "n k"]:
     return torch.nn.functional.one_hot(labels, c).double()
 
 
-def distinct(scores: Float[Tensor, " n"]) -> tuple[Float[Tensor, " m"], Int[Tensor, " n"]]:
-    """The distinct scores, ascending, and which of them each score is.
+def ascending(scores: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"], Bool[Tensor, " n-1"]]:
+    """The scores in order, the order, and where one differs from the next.
 
     Scores a few roundings apart are one: the same row of logits need not give the same bits at every place of a batch.
     """
-    x, index = scores.unique(return_inverse=True)
-    apart = x.diff() > 16 * torch.finfo(x.dtype).eps * x[1:].abs().clamp(min=1)
-    group = torch.cat([apart.new_zeros(1), apart]).cumsum(0)
-    return x[torch.cat([apart.new_ones(1), apart])], group[index]
+    # NumPy sorts by vector instructions, five times as fast as torch
+    order = torch.from_numpy(np.argsort(scores.numpy())) if scores.device.type == "cpu" else scores.argsort()
+    x = scores[order]
+    return x, order, x.diff() > 16 * torch.finfo(x.dtype).eps * x[1:].abs().clamp(min=1)
+
+
+def distinct(scores: Float[Tensor, " n"]) -> tuple[Float[Tensor, " m"], Int[Tensor, " n"]]:
+    """The distinct scores, ascending, and which of them each score is."""
+    x, order, apart = ascending(scores)
+    group = torch.empty_like(order)
+    group[order] = torch.cat([order.new_zeros(1), apart.cumsum(0)])
+    return x[torch.cat([apart.new_ones(1), apart])], group
 
 
 def fit_logistic(

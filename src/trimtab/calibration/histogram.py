@@ -71,7 +71,7 @@ class HistogramBinning(Calibrator):
             in_bin = torch.segment_reduce(mass, "sum", lengths=ends.diff(prepend=order.new_zeros(1)))
             hit = torch.bincount(torch.searchsorted(cuts, odds[row, rows]), w[rows], minlength=len(ends))
             edges[row, : len(cuts)] = cuts
-            values[row, : len(ends)] = (hit + prior / c) / (in_bin + prior)
+            values[row, : len(ends)] = ((hit + prior / c) / (in_bin + prior)).clamp(max=1)  # by rounding only
         self._store(logits, edges=edges, values=values)
 
     def _log_probs(self, logits: Tensor) -> Tensor:

@@ -40,8 +40,11 @@ CALIBRATORS: tuple[type[Calibrator], ...] = (
     BetaCalibration,
     VectorScaling,
     MatrixScaling,
+    HCalibration,
+    CorrectnessAware,
     HistogramBinning,
     IsotonicCalibration,
+    SDM,
 )
 
 __all__ = [

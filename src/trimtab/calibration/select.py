@@ -17,7 +17,7 @@ import numpy as np
 from trimtab.calibration import CALIBRATORS, Calibrator
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
-from trimtab.core.progress import track
+from trimtab.core.progress import OutOfTime, in_time, limit, track
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,22 @@ class Score:
 
 def rank(
     predictions: Predictions,
-    calibrators: Sequence[type[Calibrator]] = CALIBRATORS,
+    calibrators: Sequence[type[Calibrator]] | None = None,
     *,
     folds: int = 5,
     seed: int = 0,
+    max_seconds: float = math.inf,
 ) -> list[Score]:
     """Cross-validate calibrators with their defaults; best first, those that failed last.
 
     Args:
         predictions: scores that the model was not trained on, with labels and whatever the calibrators need.
-        calibrators: classes; `Uncalibrated` among them shows what the model is worth as it is.
+        calibrators: classes, tried in this order; `Uncalibrated` among them shows what the model is worth as it is.
+            By default all whose needs `predictions` meet, the simplest first.
         folds: how many, at least 2, stratified by label.
         seed: chooses the folds.
+        max_seconds: time for all of them. One that is not through when it is up counts as failed; the first always
+            gets the time that it takes.
 
     Raises:
         InputError: there are no labels, or fewer rows than folds.
@@ -76,24 +80,36 @@ def rank(
         'TemperatureScaling'
     """
     predictions.needed("labels")
+    if calibrators is None:
+        calibrators = able(predictions)
     parts = predictions.folds(folds, seed)
     jobs = [(kind, fit, held_out) for kind in calibrators for fit, held_out in parts]
     losses: dict[type[Calibrator], list[float]] = {kind: [] for kind in calibrators}
     seconds = dict.fromkeys(calibrators, 0.0)
     failed: dict[type[Calibrator], str] = {}
+    end = time.monotonic() + max_seconds
     for kind, fit, held_out in track(jobs, "rank calibrators"):
         if kind in failed:
             continue
-        start = time.perf_counter()
+        start = time.monotonic()
         try:
-            losses[kind].append(_log_loss(kind().fit_predictions(fit).transform(held_out)))
+            with limit(math.inf if kind is calibrators[0] else end - start):
+                in_time()
+                losses[kind].append(_log_loss(kind().fit_predictions(fit).transform(held_out)))
+        except OutOfTime:
+            failed[kind] = f"not fitted within the {max_seconds:.3g} s that all calibrators had together"
         except InputError as error:
             failed[kind] = str(error)
         except Exception as error:  # one calibrator's fault must not cost the others their ranking
             failed[kind] = f"{type(error).__name__}: {error}"
-        seconds[kind] += time.perf_counter() - start
+        seconds[kind] += time.monotonic() - start
     scores = [_score(kind, losses[kind], seconds[kind], failed.get(kind)) for kind in calibrators]
     return sorted(scores, key=lambda score: math.inf if score.failed else score.log_loss)
+
+
+def able(predictions: Predictions) -> list[type[Calibrator]]:
+    """The calibrators that `predictions` hold everything for, the simplest first."""
+    return [kind for kind in CALIBRATORS if all(getattr(predictions, need) is not None for need in kind.needs)]
 
 
 def one_standard_error(scores: Sequence[Score], simplest_first: Sequence[type[Calibrator]] = CALIBRATORS) -> Score:
@@ -106,8 +122,9 @@ def one_standard_error(scores: Sequence[Score], simplest_first: Sequence[type[Ca
         scores: from `rank`.
         simplest_first: the order of simplicity; what is not in it comes last. That of `CALIBRATORS`: nothing fitted;
             one number (temperature); four (ensemble temperature); two or three a class, each class by itself (Platt,
-            beta); two a class, all classes at once (vector); one for every pair of classes (matrix); then the maps
-            without a form, whose answers jump (histogram, isotonic).
+            beta); two a class, all classes at once (vector); one for every pair of classes (matrix); a curve of many
+            temperatures (h-calibration); a temperature for every sample (correctness-aware); then the maps without a
+            form, whose answers jump (histogram, isotonic); and last what keeps the samples themselves (SDM).
 
     Raises:
         InputError: no calibrator could be fitted.

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trimtab.core.progress import in_time
+
 Quadratic = tuple[Tensor, Tensor, Tensor]  # loss (b,), gradient (b, d), Hessian (b, d, d)
 
 TOLERANCE = 1e-12  # mean log loss that may be left to win
@@ -45,6 +47,7 @@ def newton(
     loss, gradient, hessian = objective(x)
     damping = torch.zeros_like(loss)
     for _ in range(max_iterations):
+        in_time()
         held = (x <= floor) & (gradient > 0)
         slope = gradient.masked_fill(held, 0)
         step, solved = _damped_step(slope, hessian, held, damping)
@@ -106,6 +109,7 @@ def lbfgs(
         return float(loss), slope
 
     def stop(_: np.ndarray) -> None:
+        in_time()
         if left <= tolerance:
             raise StopIteration
 

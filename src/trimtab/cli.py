@@ -78,6 +78,14 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an unfinished 
 Onnx = Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write the calibrated model as ONNX, if installed.")]
 AuditWorkers = Annotated[int, typer.Option("--workers", min=1, help="Processes for the runs over shifted streams.")]
 Resamples = Annotated[int, typer.Option("--resamples", min=20, help="Bootstrap resamples behind every interval.")]
+MaxTime = Annotated[
+    float | None,
+    typer.Option(
+        "--max-time",
+        metavar="MINUTES",
+        help="Leave out calibrators and runs over shifted streams that would take longer; the report says which.",
+    ),
+]
 Folds = Annotated[int, typer.Option("--folds", min=2, help="Folds of the cross-validation that ranks calibrators.")]
 
 
@@ -107,6 +115,7 @@ def audit(
     workers: AuditWorkers = 1,
     resamples: Resamples = 200,
     folds: Folds = 5,
+    max_time: MaxTime = None,
     onnx: Onnx = True,
     fresh: Fresh = False,
     quiet: Quiet = False,
@@ -134,6 +143,7 @@ def audit(
         "folds": folds,
         "onnx": onnx,
         "fresh": fresh,
+        "max_minutes": float("inf") if max_time is None else max_time,
     }
     _run(partial(job.audit, source, calibration=calibration), out, quiet, form, options)
 
@@ -145,6 +155,7 @@ def demo(
     workers: AuditWorkers = 1,
     resamples: Resamples = 200,
     folds: Folds = 5,
+    max_time: MaxTime = None,
     onnx: Onnx = True,
     fresh: Fresh = False,
     quiet: Quiet = False,
@@ -160,6 +171,7 @@ def demo(
         "folds": folds,
         "onnx": onnx,
         "fresh": fresh,
+        "max_minutes": float("inf") if max_time is None else max_time,
     }
     _run(job.demo, out, quiet, form, options)
 

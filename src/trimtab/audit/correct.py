@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,14 +15,16 @@ from typing import Any
 from trimtab.audit.result import Ranked, Triple, rebuild
 from trimtab.audit.setup import Setup
 from trimtab.audit.workspace import Workspace
-from trimtab.calibration import CALIBRATORS, Calibrator, export, select
+from trimtab.calibration import CALIBRATORS, Calibrator, export, load, select
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
-from trimtab.core.progress import track
+from trimtab.core.progress import OutOfTime, in_time, limit, track
 from trimtab.core.stats import Interval
 from trimtab.metrics import Summary, compare, essentials, summarise
 
 CALIBRATOR_FILE = "calibrator.safetensors"
+_SHARE_FOR_RANKING = 0.8  # of the time; the rest is for fitting to all rows and measuring
+_UNMEASURED: dict[str, Triple] = dict.fromkeys(("test_log_loss", "test_ece", "test_accuracy"), (math.nan,) * 3)
 
 
 @dataclass(frozen=True)
@@ -70,35 +76,63 @@ def check_pair(calibration: Predictions, test: Predictions) -> None:
 
 
 def rank_and_choose(
-    calibration: Predictions, test: Predictions, out: Path, work: Workspace, settings: Settings
+    calibration: Predictions, test: Predictions, out: Path, work: Workspace, settings: Settings, seconds: float
 ) -> Corrected:
     """Rank every calibrator whose needs are met, choose by the one-standard-error rule, and measure each on `test`.
 
-    The chosen one is left in `out` as ``calibrator.safetensors`` and ``.json``.
+    The chosen one is left in `out` as ``calibrator.safetensors`` and ``.json``. In all it should not take more than
+    `seconds`; the uncalibrated scores are ranked and the chosen calibrator is fitted and measured in any case.
     """
-    able = [kind for kind in CALIBRATORS if all(getattr(calibration, need) is not None for need in kind.needs)]
+    end = time.monotonic() + seconds
+    kinds = {kind.__name__: kind for kind in select.able(calibration)}
 
     def rank() -> list[dict[str, Any]]:
-        scores = select.rank(calibration, able, folds=settings.folds, seed=settings.seed)
-        chosen = select.one_standard_error(scores, able)
+        scores = select.rank(
+            calibration, folds=settings.folds, seed=settings.seed, max_seconds=_SHARE_FOR_RANKING * seconds
+        )
+        chosen = select.one_standard_error(scores)
         return [_row(score, scores[0], score is chosen) for score in scores]
 
-    rows = work.number("rank calibrators", rank)
-    kinds = {kind.__name__: kind for kind in able}
+    rows = work.number(_within("rank calibrators", seconds), rank)
+    symbol = next(row["symbol"] for row in rows if row["chosen"])
+    path = work.folder / CALIBRATOR_FILE
+    work.number(f"fit {symbol}", lambda: kinds[symbol]().fit_predictions(calibration).save(path))
+    fitted = load(path)
+    fitted.save(out / CALIBRATOR_FILE)
 
     def measure_all() -> dict[str, dict[str, Any]]:
-        ranked = track([row["symbol"] for row in rows], "measure calibrators")
-        return {symbol: _measure(kinds[symbol], calibration, test, settings) for symbol in ranked}
+        found = {symbol: _measure(fitted, test, settings)}
+        for row in track([row for row in rows if row["symbol"] not in found], "measure calibrators"):
+            found[row["symbol"]] = _UNMEASURED
+            if row["failed"] is None:
+                with suppress(OutOfTime, InputError), limit(end - time.monotonic()):
+                    in_time()
+                    other = kinds[row["symbol"]]().fit_predictions(calibration)
+                    found[row["symbol"]] = _measure(other, test, settings)
+        return found
 
-    measured = work.number("measure calibrators", measure_all)
+    measured = work.number(_within("measure calibrators", seconds), measure_all)
     ranking = [rebuild(Ranked, {**row, **measured[row["symbol"]]}) for row in rows]
-    chosen = next(row for row in ranking if row.chosen)
-    fitted = kinds[chosen.symbol]().fit_predictions(calibration)
-    fitted.save(out / CALIBRATOR_FILE)
     change = triples(work.number("compare", lambda: settings.compare(test, fitted.transform(test))))
-    skipped = [kind.__name__ for kind in CALIBRATORS if kind not in able]
-    notes = [f"Not tried, as the predictions do not hold what they need: {', '.join(skipped)}."] if skipped else []
-    return Corrected(fitted, ranking, change, notes)
+    return Corrected(fitted, ranking, change, _notes(ranking, kinds))
+
+
+def _notes(ranking: Sequence[Ranked], able: Mapping[str, type[Calibrator]]) -> list[str]:
+    """What was not tried, and why."""
+    notes = []
+    skipped = {kind.__name__: sorted(kind.needs) for kind in CALIBRATORS if kind.__name__ not in able}
+    if skipped:
+        names = ", ".join(f"{name} ({', '.join(needs)})" for name, needs in skipped.items())
+        notes.append(f"Not tried, as the predictions do not hold what they need: {names}.")
+    late = [row.name for row in ranking if row.failed is None and math.isnan(row.test_log_loss[0])]
+    if late:
+        notes.append(f"Ranked, but not measured on the test rows for want of time: {', '.join(late)}.")
+    return notes
+
+
+def _within(name: str, seconds: float) -> str:
+    """The name of a step that depends on the time it was given."""
+    return name if math.isinf(seconds) else f"{name} within {seconds:.0f} s"
 
 
 def _row(score: select.Score, best: select.Score, chosen: bool) -> dict[str, Any]:
@@ -116,18 +150,14 @@ def _row(score: select.Score, best: select.Score, chosen: bool) -> dict[str, Any
 
 
 def _spaced(symbol: str) -> str:
-    """``TemperatureScaling`` as ``Temperature scaling``."""
-    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in symbol).strip().capitalize()
+    """``TemperatureScaling`` as ``Temperature scaling``; ``SDM`` and ``HCalibration`` stay."""
+    return re.sub("(?<=[a-z])[A-Z]", lambda letter: f" {letter[0].lower()}", symbol)
 
 
-def _measure(kind: type[Calibrator], calibration: Predictions, test: Predictions, settings: Settings) -> dict[str, Any]:
-    """What a calibrator achieves on `test` when fitted to all of `calibration`."""
-    names = {"test_log_loss": "log_loss", "test_ece": "ece", "test_accuracy": "accuracy"}
-    try:
-        headline = settings.essentials(kind().fit_predictions(calibration).transform(test))
-    except InputError as error:
-        return {name: (float("nan"),) * 3 for name in names} | {"failed": str(error)}
-    return {name: triple(headline[measure]) for name, measure in names.items()}
+def _measure(calibrator: Calibrator, test: Predictions, settings: Settings) -> dict[str, Triple]:
+    """What a fitted calibrator achieves on `test`."""
+    headline = settings.essentials(calibrator.transform(test))
+    return {name: triple(headline[name.removeprefix("test_")]) for name in _UNMEASURED}
 
 
 def triples(plain: Mapping[str, Sequence[float]]) -> dict[str, Triple]:
@@ -144,6 +174,9 @@ def export_model(setup: Setup, calibrator: Calibrator, out: Path) -> list[str]:
     """Write the model with the calibrator behind it to ``model_calibrated.onnx``; a note where that cannot be."""
     if not (find_spec("onnx") and find_spec("onnxscript")):
         return ["No ONNX file was written: the packages of trimtab[onnx] are not installed."]
+    if calibrator.needs:
+        needs = " and ".join(sorted(calibrator.needs))
+        return [f"No ONNX file was written: {type(calibrator).__name__} needs {needs} beside the logits."]
     batch = next(iter(setup.test))
     example = batch[0] if isinstance(batch, (tuple, list)) else batch
     try:

@@ -64,6 +64,13 @@ def train(epochs: int = 300) -> None:
         draft.write_bytes(save(model.state_dict()))
 
 
+def moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The batch shifted by up to a pixel, with another contrast."""
+    down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
+    gain = 0.7 + 0.6 * torch.rand((), generator=generator)
+    return (gain * images.roll((down, right), (-2, -1))).clamp(0, 1)
+
+
 def batches(images: Tensor, labels: Tensor) -> DataLoader[tuple[Tensor, ...]]:
     """Batches of 100 in a fixed order."""
     return DataLoader(TensorDataset(images, labels), batch_size=100, generator=torch.Generator())
@@ -86,6 +93,7 @@ def setup() -> Setup:
         calibration=batches(*data["calibration"]),
         test=batches(images, labels),
         shifts=shifts,
+        augment=moved,
         classes=[str(digit) for digit in range(10)],
         title="A small network for handwritten digits",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ FIT_SCORES = 1_000_000
 
 
 def audit_large(
-    table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings
+    table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings, end: float
 ) -> tuple[int, Summary, Summary, dict[str, Triple], Corrected, list[str]]:
     """Fit and rank corrections on random rows; measure all rows before and after.
 
@@ -35,7 +36,7 @@ def audit_large(
     """
     calibration, test, where = _samples(table, other, settings)
     check_pair(calibration, test)
-    corrected = rank_and_choose(calibration, test, out, work, settings)
+    corrected = rank_and_choose(calibration, test, out, work, settings, end - time.monotonic())
 
     def suite() -> dict[str, Any]:
         found = table_suite(table, **settings.intervals)

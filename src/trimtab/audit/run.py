@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sized
@@ -47,6 +48,7 @@ def audit(
     folds: int = 5,
     onnx: bool = True,
     fresh: bool = False,
+    max_minutes: float = math.inf,
 ) -> AuditResult:
     """Measure a model or a table of scores, correct it, and leave the report and its numbers in `out`.
 
@@ -66,6 +68,9 @@ def audit(
         folds: folds of the cross-validation that ranks the calibrators.
         onnx: for a model: write ``model_calibrated.onnx``.
         fresh: forget the pieces that an unfinished run left.
+        max_minutes: time for the whole audit, > 0. What has to be there (the measures, one calibrator, the report) is
+            made in any case; calibrators and runs over shifted streams for which there is no time are left out, and
+            the report says which. With shifts, calibrators get half of what is left after measuring.
 
     Raises:
         InputError: the input cannot be used; the message says which part and why.
@@ -77,7 +82,10 @@ def audit(
         checks.integer(folds, "folds", low=2),
     )
     checks.integer(workers, "workers", low=1)
+    if not max_minutes > 0:
+        raise InputError(f"max_minutes must be > 0, got {max_minutes}")
     started = time.perf_counter()
+    end = time.monotonic() + 60 * max_minutes
     out = Path(out)
     if isinstance(source, Setup) or (":" in str(source) and Path(source).suffix not in ENDINGS):
         if calibration is not None:
@@ -86,7 +94,7 @@ def audit(
         spec = None if isinstance(source, Setup) else str(source)
         work = Workspace(out, _identity(settings, spec=spec, **_marks(setup, spec)), fresh=fresh)
         with _warnings_kept() as warned:
-            result = _audit_model(setup, spec, out, work, workers, settings)
+            result = _audit_model(setup, spec, out, work, workers, settings, end)
         if onnx:
             begun = time.perf_counter()
             export = correct.export_model(setup, load(out / correct.CALIBRATOR_FILE), out)
@@ -102,7 +110,7 @@ def audit(
             )
             large = table.n * table.c > SCORES_IN_MEMORY
             with _warnings_kept() as warned:
-                result = (_audit_large_table if large else _audit_table)(table, other, out, work, settings)
+                result = (_audit_large_table if large else _audit_table)(table, other, out, work, settings, end)
     result = replace(
         result,
         notes=[*result.notes, *dict.fromkeys(f"Warning: {warning.message}." for warning in warned)],
@@ -128,12 +136,15 @@ def _warnings_kept() -> Iterator[list[warnings.WarningMessage]]:
 
 
 def _audit_model(
-    setup: Setup, spec: str | None, out: Path, work: Workspace, workers: int, settings: Settings
+    setup: Setup, spec: str | None, out: Path, work: Workspace, workers: int, settings: Settings, end: float
 ) -> AuditResult:
-    def collect(part: str, loader: Any) -> Predictions:
+    views = 0 if setup.augment is None else setup.views
+    more = {"features": setup.features, "views": views, "augment": setup.augment, "seed": settings.seed}
+
+    def collect(part: str, loader: Any, **options: Any) -> Predictions:
         def make() -> Predictions:
             try:
-                return Predictions.collect(setup.model, loader, description=f"collect {part}")
+                return Predictions.collect(setup.model, loader, description=f"collect {part}", **options)
             except InputError as error:
                 raise InputError(f"{part}: {error}") from error
             except Exception as error:
@@ -141,23 +152,25 @@ def _audit_model(
 
         return work.predictions(f"collect {part}", make)
 
-    calibration, test = collect("calibration", setup.calibration), collect("test", setup.test)
+    calibration, test = collect("calibration", setup.calibration, **more), collect("test", setup.test, **more)
     if setup.classes is not None and len(setup.classes) != test.c:
         raise InputError(f"classes must name {test.c} classes, got {len(setup.classes)}")
     shifted = {name: collect(f"shift {name}", loader) for name, loader in setup.shifts.items()}
     result = _measure_and_correct(
-        setup.title or spec or type(setup.model).__name__, "model", calibration, test, shifted, out, work, settings
+        setup.title or spec or type(setup.model).__name__, "model", calibration, test, shifted, out, work, settings, end
     )
-    cells = _follow_shifts(setup, spec, work, workers, settings)
+    cells, late = _follow_shifts(setup, spec, work, workers, settings, end)
     if setup.classes is not None:
         names = [str(name) for name in setup.classes]
         rows = [replace(row, name=name) for row, name in zip(result.per_class, names)]
         result = replace(result, classes=names, per_class=rows)
     refused = dict.fromkeys(f"{cell.adapter} did not run: {cell.failed}." for cell in cells if cell.failed)
-    return replace(result, shifts=cells, notes=[*result.notes, *refused])
+    return replace(result, shifts=cells, notes=[*result.notes, *refused, *late])
 
 
-def _audit_table(table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings) -> AuditResult:
+def _audit_table(
+    table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings, end: float
+) -> AuditResult:
     if not other:
         table.labels()  # refused before anything is read, with the columns that are there
     rows = Predictions(**table.read())
@@ -170,7 +183,7 @@ def _audit_table(table: Table, other: Path | None, out: Path, work: Workspace, s
             "The rows were split in two halves at random, stratified by label: the corrections were fitted on one, "
             "and everything was measured on the other."
         )
-    result = _measure_and_correct(table.path.name, "table", calibration, test, {}, out, work, settings)
+    result = _measure_and_correct(table.path.name, "table", calibration, test, {}, out, work, settings, end)
     return replace(result, notes=[note, *result.notes])
 
 
@@ -183,6 +196,7 @@ def _measure_and_correct(
     out: Path,
     work: Workspace,
     settings: Settings,
+    end: float,
 ) -> AuditResult:
     """Everything but the shifts, for predictions in memory; leaves the chosen calibrator in `out`."""
     correct.check_pair(calibration, test)
@@ -199,13 +213,16 @@ def _measure_and_correct(
         return {name: triple(interval) for name, interval in measures.items()}
 
     measures = triples(work.number("measure", suite))
-    corrected = correct.rank_and_choose(calibration, test, out, work, settings)
+    left = (end - time.monotonic()) / (2 if shifted else 1)
+    corrected = correct.rank_and_choose(calibration, test, out, work, settings, left)
     before, after = settings.summarise(test), settings.summarise(corrected.calibrator.transform(test))
     return _result(title, kind, calibration.n, before, after, measures, corrected, settings)
 
 
-def _audit_large_table(table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings) -> AuditResult:
-    n_fit, before, after, measures, corrected, notes = audit_large(table, other, out, work, settings)
+def _audit_large_table(
+    table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings, end: float
+) -> AuditResult:
+    n_fit, before, after, measures, corrected, notes = audit_large(table, other, out, work, settings, end)
     result = _result(table.path.name, "table", n_fit, before, after, measures, corrected, settings)
     return replace(result, notes=notes)
 
@@ -251,18 +268,22 @@ def _class_row(k: int, before: Summary, after: Summary) -> ClassRow:
 
 
 def _follow_shifts(
-    setup: Setup, spec: str | None, work: Workspace, workers: int, settings: Settings
-) -> list[ShiftCell]:
-    """All (shift, adapter) cells; those that an earlier run finished are not run again."""
+    setup: Setup, spec: str | None, work: Workspace, workers: int, settings: Settings, end: float
+) -> tuple[list[ShiftCell], list[str]]:
+    """All (shift, adapter) cells, adapter by adapter, and notes; what an earlier run finished is not run again."""
     if not setup.shifts:
-        return []
-    pairs = [(shift, adapter) for shift in (shifts.NONE, *setup.shifts) for adapter in shifts.ADAPTERS]
+        return [], []
+    pairs = [(shift, adapter) for adapter in shifts.ADAPTERS for shift in (shifts.NONE, *setup.shifts)]
     missing = [pair for pair in pairs if not work.has(_cell_name(*pair))]
-    for cell in shifts.run_cells(setup, spec, missing, workers=workers, settings=settings):
+    for cell in shifts.run_cells(setup, spec, missing, workers=workers, settings=settings, end=end):
         work.keep(_cell_name(cell.shift, cell.adapter), cell.__dict__, cell.seconds)
-    cells = [rebuild(ShiftCell, work.kept(_cell_name(*pair))) for pair in pairs]
+    kept = [_cell_name(*pair) for pair in pairs if work.has(_cell_name(*pair))]
+    cells = [rebuild(ShiftCell, work.kept(name)) for name in kept]
     work.seconds["adapt to shifts"] = sum(cell.seconds for cell in cells)
-    return cells
+    if len(kept) == len(pairs):
+        return cells, []
+    late = len(pairs) - len(kept)
+    return cells, [f"Not run for want of time: {late} of {len(pairs)} runs of an adapter over a stream."]
 
 
 def _cell_name(shift: str, adapter: str) -> str:
@@ -282,6 +303,7 @@ def _marks(setup: Setup, spec: str | None) -> dict[str, Any]:
         "code": _stamp(code) if code.suffix == ".py" else None,
         "model": fingerprint(setup.model.state_dict()),
         "data": marks,
+        "collected": [setup.features, setup.views if setup.augment else 0],
     }
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from trimtab.core import checks
 from trimtab.core.checks import InputError
+from trimtab.core.predictions import Augmentation
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class Setup:
         test: batches of (inputs, labels) that everything is measured on.
         shifts: batches of (inputs, labels) under the conditions the model may meet, by name, in stream order. Labels
             are used to measure only. Each loader is iterated several times and must yield the same batches each time.
+        augment: ``augment(inputs, generator)``, a random copy of a batch that shows the same things: then `views`
+            copies of the calibration and test batches are passed through the model too, for calibrators that read how
+            it wavers.
+        views: how many copies.
+        features: keep what the last linear layer sees (True), or what the module of that name sees, for calibrators
+            that work on features and train a network of their own on them.
         train: batches the model was trained on, for adapters that want them; may stay None.
         classes: names of the c classes; numbers are used where None.
         title: what is audited, one line for the report; where the setup was found if None.
@@ -43,6 +51,9 @@ class Setup:
     calibration: Iterable[Any]
     test: Iterable[Any]
     shifts: Mapping[str, Iterable[Any]] = field(default_factory=dict)
+    augment: Augmentation | None = None
+    views: int = 3
+    features: bool | str = False
     train: Iterable[Any] | None = None
     classes: Sequence[str] | None = None
     title: str | None = None
@@ -55,6 +66,9 @@ class Setup:
                 raise InputError(f"{name} must be an iterable of batches, got {type(loader).__name__}")
             if isinstance(loader, Iterator):
                 raise InputError(f"{name} must be iterable more than once (a DataLoader or a list), got an iterator")
+        if self.augment is not None and not callable(self.augment):
+            raise InputError(f"augment must be a function of inputs and generator, got {type(self.augment).__name__}")
+        checks.integer(self.views, "views", low=1)
         if "none" in self.shifts:
             raise InputError("shifts must not use the name 'none', which stands for the test set itself")
 

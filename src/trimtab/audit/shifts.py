@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from trimtab.audit.correct import Settings, triple
 from trimtab.audit.result import ShiftCell, Triple
 from trimtab.audit.setup import Setup
 from trimtab.core.checks import InputError
-from trimtab.core.progress import track
+from trimtab.core.progress import OutOfTime, in_time, limit, track
 
 NONE = "none"
 
@@ -68,24 +69,28 @@ def cell(setup: Setup, shift: str, adapter: str, settings: Settings) -> ShiftCel
 
 
 def run_cells(
-    setup: Setup, spec: str | None, pairs: list[tuple[str, str]], *, workers: int, settings: Settings
+    setup: Setup, spec: str | None, pairs: list[tuple[str, str]], *, workers: int, settings: Settings, end: float
 ) -> Iterator[ShiftCell]:
-    """The cells of all (shift, adapter) `pairs`, as they are done.
+    """The cells of all (shift, adapter) `pairs`, as they are done; those that are not by `end` are left out.
 
     With several workers, each process calls the setup function `spec` once; a setup that was handed over as an object
-    is run in this process.
+    is run in this process. `end` is a time of `time.monotonic`.
     """
     if workers == 1 or spec is None or len(pairs) < 2:
         for shift, adapter in track(pairs, "adapt to shifts"):
-            yield cell(setup, shift, adapter, settings)
+            done = _in_time(setup, shift, adapter, settings, end)
+            if done is not None:
+                yield done
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(min(workers, len(pairs)), context, _open_worker, (spec, threads)) as pool:
-        futures = [pool.submit(_worker_cell, shift, adapter, settings) for shift, adapter in pairs]
+        futures = [pool.submit(_worker_cell, shift, adapter, settings, end) for shift, adapter in pairs]
         try:
             for future in track(as_completed(futures), "adapt to shifts", total=len(futures)):
-                yield future.result()
+                done = future.result()
+                if done is not None:
+                    yield done
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -100,5 +105,12 @@ def _open_worker(spec: str, threads: int) -> None:
     _worker_setup = setups.load(spec)
 
 
-def _worker_cell(shift: str, adapter: str, settings: Settings) -> ShiftCell:
-    return cell(_worker_setup, shift, adapter, settings)
+def _worker_cell(shift: str, adapter: str, settings: Settings, end: float) -> ShiftCell | None:
+    return _in_time(_worker_setup, shift, adapter, settings, end)
+
+
+def _in_time(setup: Setup, shift: str, adapter: str, settings: Settings, end: float) -> ShiftCell | None:
+    with suppress(OutOfTime), limit(end - time.monotonic()):
+        in_time()
+        return cell(setup, shift, adapter, settings)
+    return None

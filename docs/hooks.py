@@ -138,7 +138,10 @@ def method_page(method):
         for file in method.files
     )
     result = next(r for r in read() if r["slug"] == method.slug)
-    interface = "\n\n".join(f"::: {name}" for name in method.names)
+    # where a symbol has the name of its module, griffe would show the module
+    modules = {file.stem for file in method.files}
+    symbols = [f"{symbol}.{symbol}" if symbol in modules else symbol for symbol in method.symbols]
+    interface = "\n\n".join(f"::: trimtab.{method.stage}.{symbol}" for symbol in symbols)
     return f"""# {method.title}
 
 {method.summary[0].upper()}{method.summary[1:]}.

@@ -3,6 +3,7 @@
 import warnings
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from hypothesis import strategies as st
 from score_sets import HARD, generator, overconfident
 
 from trimtab.calibration import HCalibration, HCalibrationLoss, TemperatureScaling, load
-from trimtab.calibration.h_calibration import CANDIDATES, WEIGHTINGS, _debiased_ece
+from trimtab.calibration.criteria import debiased_ece
+from trimtab.calibration.event_windows import Weighting
+from trimtab.calibration.h_calibration import CANDIDATES
 from trimtab.calibration.monotone_maps import monotone_network, piecewise_linear, tempered_mixture
 from trimtab.core.checks import InputError
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "05-h-calibration").glob("*.npz"))
+WEIGHTINGS = get_args(Weighting)
 MAPS = ["temperature", "linear", "pwlinear", "nonlinear"]
 
 
@@ -384,10 +388,11 @@ def test_the_debiased_error_is_twice_the_error_less_that_of_redrawn_accuracies(s
     stated, accuracy = (np.array([x[part].mean() for part in parts]) for x in (confidence, correct))
     sizes = np.array([len(part) for part in parts])
     spread = np.sqrt(accuracy * (1 - accuracy) / sizes)
-    drawn = np.abs(accuracy + spread * random.standard_normal((20000, bins)) - stated).mean()
+    normal = torch.special.ndtri((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000).numpy()
+    drawn = np.abs(accuracy + spread * normal[:, None] - stated).mean()
     expected = 2 * (np.abs(accuracy - stated) * sizes).sum() / n - drawn
-    found = _debiased_ece(torch.from_numpy(confidence), torch.from_numpy(correct))
-    assert found == pytest.approx(expected, abs=5e-3)
+    found = debiased_ece(torch.from_numpy(confidence), torch.from_numpy(correct))
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.bad_input

@@ -20,7 +20,8 @@ from trimtab.calibration.histogram import HistogramBinning
 from trimtab.calibration.isotonic import IsotonicCalibration
 from trimtab.calibration.label_words import LabelWords
 from trimtab.calibration.matrix import MatrixScaling
-from trimtab.calibration.pareto import ParetoLoss, ParetoSelfSupervision, reweight_sources, risk_score
+from trimtab.calibration.pareto import ParetoSelfSupervision, reweight_sources, risk_score
+from trimtab.calibration.pareto_loss import ParetoLoss
 from trimtab.calibration.platt import PlattScaling
 from trimtab.calibration.risk import apply_sources, choose_examples, error_calibration, reask
 from trimtab.calibration.sdm import SDM

@@ -44,7 +44,6 @@ def window_errors(
     events: Events,
     left: Int[Tensor, " subsets"],
     shares: Float[Tensor, " subsets"],
-    *,
     weighting: Weighting,
     window: int,
     epsilon: float,

@@ -30,27 +30,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import nll_loss, one_hot
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from trimtab.calibration import monotone_maps
+from trimtab.calibration import criteria, monotone_maps
 from trimtab.calibration.base import Calibrator
+from trimtab.calibration.criteria import Criterion
 from trimtab.calibration.event_windows import Weighting, sorted_events, window_errors
 from trimtab.calibration.monotone_maps import Map
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.core.progress import track
 from trimtab.core.threads import one_thread
-from trimtab.metrics.binning import bin_sums, prefix
-
-WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
-Selector = Literal["nll", "dece", "cwece"]
 
 CANDIDATES: tuple[tuple[Map, int], ...] = (
     *(("linear", k) for k in (16, 32, 64, 128)),
@@ -60,7 +56,6 @@ CANDIDATES: tuple[tuple[Map, int], ...] = (
 """The maps and sizes among which the paper chooses."""
 
 _SIZES: dict[Map, int] = {"temperature": 1, "linear": 16, "pwlinear": 100, "nonlinear": 10}
-_BINS = 15
 _BLOCK_ELEMENTS = 1 << 18
 
 
@@ -107,7 +102,7 @@ class HCalibrationLoss(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.weighting = _one_of(weighting, "weighting", Weighting)
+        self.weighting = checks.one_of(weighting, "weighting", Weighting)
         if checks.integer(window, "window", low=2) % 2:
             raise InputError(f"window must be even, got {window}")
         self.window = window
@@ -123,11 +118,10 @@ class HCalibrationLoss(nn.Module):
             InputError: a shape, type or range is wrong.
         """
         p = checks.probabilities(probs)
-        p = p.float() if p.dtype in (torch.float16, torch.bfloat16) else p
-        n, c = p.shape
-        if n < 2:
+        if len(p) < 2:
             raise InputError("probs must have at least two rows, got 1")
-        return self.of_checked(p, checks.labels(labels, n, c))
+        y = checks.labels(labels, *p.shape)
+        return self.of_checked(p.to(torch.promote_types(p.dtype, torch.float32)), y)
 
     def of_checked(self, probs: Tensor, labels: Tensor, centroids: Tensor | None = None) -> Tensor:
         """The loss of input that needs no check; `centroids`, one ascending row a subset, take the place of k-means.
@@ -142,13 +136,7 @@ class HCalibrationLoss(nn.Module):
         for part in torch.arange(len(left), device=left.device).split(max(1, _BLOCK_ELEMENTS // fixed.numel())):
             given = None if centroids is None else centroids[part]
             part_value, position, part_slopes = window_errors(
-                events,
-                left[part],
-                shares[part],
-                weighting=self.weighting,
-                window=self.window,
-                epsilon=self.epsilon,
-                centroids=given,
+                events, left[part], shares[part], self.weighting, self.window, self.epsilon, given
             )
             value += part_value
             slopes.index_add_(0, position, part_slopes)
@@ -240,7 +228,7 @@ class HCalibration(Calibrator):
         epsilon: float = 1e-20,
         scale: float = 1e5,
         left_out: int | None = 10,
-        select: Selector = "nll",
+        select: Criterion = "nll",
         exact: bool = True,
         steps: int = 50,
         lr: float = 0.005,
@@ -255,13 +243,9 @@ class HCalibration(Calibrator):
         self.map_ = map_
         self.size = None if size is None else checks.integer(size, "size", low=1)
         self._candidates()
-        self.weighting = weighting
-        self.window = window
-        self.epsilon = epsilon
-        self.scale = scale
-        self.left_out = left_out
-        self.select = _one_of(select, "select", Selector)
-        self.exact = exact
+        self.weighting, self.window, self.epsilon = weighting, window, epsilon
+        self.scale, self.left_out, self.exact = scale, left_out, exact
+        self.select = checks.one_of(select, "select", Criterion)
         if checks.integer(steps, "steps", low=2) % 2:
             raise InputError(f"steps must be even, got {steps}")
         self.steps = steps
@@ -276,19 +260,13 @@ class HCalibration(Calibrator):
         self._declare("factors", "shares", "slopes", "network", "standard")
 
     def _loss(self) -> HCalibrationLoss:
-        return HCalibrationLoss(
-            self.weighting,
-            window=self.window,
-            epsilon=self.epsilon,
-            scale=self.scale,
-            left_out=self.left_out,
-            seed=self.seed,
-        )
+        names = ("weighting", "window", "epsilon", "scale", "left_out", "seed")
+        return HCalibrationLoss(**{name: getattr(self, name) for name in names})
 
     def _candidates(self) -> list[tuple[Map, int]]:
         """The maps to fit, with their sizes."""
         if isinstance(self.map_, str) and self.map_ != "auto":
-            name: Map = _one_of(self.map_, "map_", Map)
+            name: Map = checks.one_of(self.map_, "map_", Map)
             return [(name, self.size or _SIZES[name])]
         if self.size is not None:
             raise InputError("size must be None where map_ names several maps: each has its own")
@@ -297,7 +275,7 @@ class HCalibration(Calibrator):
         pairs = [tuple(pair) for pair in self.map_]
         if not pairs or any(len(pair) != 2 for pair in pairs):
             raise InputError(f"map_ must name a map, be 'auto', or hold pairs of a map and its size, got {self.map_!r}")
-        return [(_one_of(name, "map_", Map), checks.integer(size, "map_", low=1)) for name, size in pairs]
+        return [(checks.one_of(name, "map_", Map), checks.integer(size, "map_", low=1)) for name, size in pairs]
 
     @one_thread()
     def _fit(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
@@ -311,8 +289,7 @@ class HCalibration(Calibrator):
         standard = torch.stack([log_p.double().mean(), torch.where(spread > 0, spread, 1.0)]).to(log_p)
         found = [self._train(name, size, log_p, y, standard) for name, size in self._candidates()]
         state = min(found, key=lambda pair: pair[0])[1]
-        empty = log_p.new_zeros(0)
-        absent = dict.fromkeys(("factors", "shares", "slopes", "network"), empty)
+        absent = dict.fromkeys(("factors", "shares", "slopes", "network"), log_p.new_zeros(0))
         self._store(logits, **{**absent, **state}, standard=standard)
 
     def _train(
@@ -320,9 +297,8 @@ class HCalibration(Calibrator):
     ) -> tuple[float, dict[str, Tensor]]:
         """The lowest selector met on the way, and the parameters that had it."""
         generator = torch.Generator().manual_seed(self.seed)
-        state = {
-            key: value.to(log_p).requires_grad_() for key, value in monotone_maps.start(name, size, generator).items()
-        }
+        start = monotone_maps.start(name, size, generator)
+        state = {key: value.to(log_p).requires_grad_() for key, value in start.items()}
         scores = monotone_maps.trainee(log_p, standard, state, self.exact, self.steps)
         loss = self._loss()
         optimizer = Adam(state.values(), self.lr)
@@ -330,16 +306,11 @@ class HCalibration(Calibrator):
         parts = math.ceil(len(labels) / self.batch)
         best, chosen, lowest, waited = math.inf, {}, math.inf, 0
 
-        def step(rows: Tensor | slice, current: Tensor) -> None:
-            optimizer.zero_grad()
-            loss.of_checked(current.exp(), labels[rows]).backward()
-            optimizer.step()
-
-        whole = slice(None)
         for epoch in track(range(self.epochs + 1), f"h-calibration, {name} {size}"):
             with torch.set_grad_enabled(parts == 1):
-                current = scores(whole)
-            selector, error = _selector(self.select, current.detach(), labels), _ece(current.detach(), labels)
+                current = scores(slice(None))
+            seen = current.detach()
+            selector, error = criteria.criterion(self.select, seen, labels), criteria.ece(seen, labels)
             if selector <= best:
                 best, chosen = selector, {key: value.detach().clone() for key, value in state.items()}
             waited = 0 if error < lowest else waited + 1
@@ -347,12 +318,13 @@ class HCalibration(Calibrator):
             if epoch == self.epochs or waited > self.patience:
                 break
             schedule.step(error)
-            with torch.enable_grad():
-                if parts == 1:
-                    step(whole, current)
-                else:
-                    for rows in torch.randperm(len(labels), generator=generator).tensor_split(parts):
-                        step(rows.to(labels.device), scores(rows.to(labels.device)))
+            order = torch.randperm(len(labels), generator=generator) if parts > 1 else torch.arange(len(labels))
+            for rows in order.to(labels.device).tensor_split(parts):
+                with torch.enable_grad():
+                    stepped = scores(rows) if parts > 1 else current
+                    optimizer.zero_grad()
+                    loss.of_checked(stepped.exp(), labels[rows]).backward()
+                optimizer.step()
         return best, chosen
 
     def _log_probs(self, logits: Tensor) -> Tensor:
@@ -371,43 +343,3 @@ def _copies(weights: Tensor) -> Tensor:
     count = min(max(round(total), n), 10 * n)
     middle = (torch.arange(count, device=ends.device, dtype=torch.float64) + 0.5) * (total / count)
     return torch.searchsorted(ends, middle, right=True).clamp(max=n - 1)
-
-
-def _ece(log_p: Tensor, labels: Tensor) -> float:
-    """Equal-width calibration error of the predicted class."""
-    top, predicted = log_p.max(1)
-    sums = bin_sums(top.exp()[None], (predicted == labels)[None], _BINS)
-    return float(sums.gap.abs().sum()) / len(labels)
-
-
-def _selector(name: Selector, log_p: Tensor, labels: Tensor) -> float:
-    """What chooses among checkpoints and maps: the less, the better."""
-    if name == "nll":
-        return float(nll_loss(log_p.double(), labels))
-    if name == "cwece":
-        hits = one_hot(labels, log_p.shape[1]).bool()
-        return float(bin_sums(log_p.exp().mT.contiguous(), hits.mT.contiguous(), _BINS).gap.abs().sum()) / log_p.numel()
-    top, predicted = log_p.max(1)
-    return _debiased_ece(top.double().exp(), (predicted == labels).double())
-
-
-def _debiased_ece(confidence: Tensor, correct: Tensor) -> float:
-    """Twice the equal-mass error, less what it would be on average if the accuracies were drawn again around theirs."""
-    n = len(confidence)
-    bins = max(1, min(_BINS, n // 2))
-    edges = (torch.arange(bins + 1, device=confidence.device, dtype=torch.float64) * n / bins).round().long()
-    order = confidence.argsort(stable=True)
-    counts = edges.diff()
-    accuracy, stated = prefix(torch.stack([correct, confidence])[:, order])[:, edges].diff() / counts
-    gap = accuracy - stated
-    deviation = (accuracy * (1 - accuracy) / counts).sqrt()
-    ratio = torch.where(deviation > 0, gap / deviation.clamp(min=1e-300), math.inf) / math.sqrt(2)
-    folded = gap.abs() * torch.erf(ratio.abs()) + deviation * math.sqrt(2 / math.pi) * (-(ratio**2)).exp()
-    return float((gap.abs() * counts).sum() / n * 2 - folded.mean())
-
-
-def _one_of(value: Any, name: str, kind: object) -> Any:
-    choices = get_args(kind)
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return value

@@ -25,12 +25,11 @@ which removed 12 %.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise, product
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -38,96 +37,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
+from trimtab.calibration import harmonizer
 from trimtab.calibration.base import Fitted
-from trimtab.core import checks, progress
+from trimtab.calibration.harmonizer import Base
+from trimtab.calibration.scalarisers import Scalarizer, Weights, log_probs, scalarised, source_labels
+from trimtab.core import checks
 from trimtab.core.checks import InputError
-from trimtab.core.modules import evaluating
 
-Scalarizer = Literal["linear", "square", "2-norm", "max"]
 Rule = Literal["maxeig", "minvar"]
-Base = Literal["lr", "mlp"] | Callable[[], nn.Module]
 Matrix = Float[Tensor, "n d"] | Float[np.ndarray, "n d"]
 Labels = Int[Tensor, " n"] | Integer[np.ndarray, " n"]
 WeakLabels = Int[Tensor, "n m"] | Integer[np.ndarray, "n m"]
-Weights = Sequence[float] | Float[Tensor, " m"] | Float[np.ndarray, " m"]
-
-_BATCH = 4096  # rows of a prediction at a time
-
-
-class ParetoLoss(nn.Module):
-    """One number from the losses of several sources, such that its minimum is Pareto-optimal between them.
-
-    With l_j the cross-entropy against source j's label, where it gave one, and w_j its weight, a sample's loss is
-
-    - ``"linear"``: the sum of w_j l_j,
-    - ``"square"``: the square of that sum,
-    - ``"2-norm"``: the root of the sum of (w_j l_j)^2,
-    - ``"max"``: the largest w_j l_j;
-
-    averaged over the samples with a label. Zero where there is none.
-
-    Args:
-        scalarizer: one of the four.
-        weights: (m,), >= 0, one a source; 1/m each if None, as the authors do. Not renormalised over the sources that
-            voted.
-
-    Raises:
-        InputError: the scalarizer is unknown, or weights are negative or of another number than the sources.
-
-    Example:
-        >>> import torch
-        >>> from trimtab.calibration import ParetoLoss
-        >>> logits = torch.zeros(2, 3)
-        >>> weak_labels = torch.tensor([[0, 1], [2, -1]])  # the second source abstains on the second sample
-        >>> for scalarizer in ("linear", "square", "2-norm", "max"):
-        ...     print(scalarizer, round(float(ParetoLoss(scalarizer)(logits, weak_labels)), 3))
-        linear 0.824
-        square 0.754
-        2-norm 0.663
-        max 0.549
-
-    Reference:
-        Zhao et al., Pareto Optimal Learning for Estimating Large Language Model Errors, ACL 2024.
-    """
-
-    weights: Tensor | None
-
-    def __init__(self, scalarizer: Scalarizer = "linear", weights: Weights | None = None) -> None:
-        super().__init__()
-        if scalarizer not in get_args(Scalarizer):
-            raise InputError(f"scalarizer must be one of {', '.join(get_args(Scalarizer))}, got {scalarizer!r}")
-        self.scalarizer = scalarizer
-        self.register_buffer("weights", None if weights is None else checks.weights(weights, len(weights)).double())
-
-    def forward(self, logits: Float[Tensor, "n c"], weak_labels: Int[Tensor, "n m"]) -> Float[Tensor, ""]:
-        """The loss of a batch.
-
-        Args:
-            logits: (n, c), or (n, 1) for two classes: the log-odds of class 1.
-            weak_labels: (n, m) classes, -1 where a source abstains.
-        """
-        log_probs = _log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        labels = _weak_labels(weak_labels, *log_probs.shape).to(logits.device)
-        voted = labels >= 0
-        losses = -log_probs.gather(1, labels.clamp(min=0)) * voted
-        if labels.shape[1] == 1:
-            return losses.sum()
-        if self.weights is None:
-            losses = losses / labels.shape[1]
-        elif len(self.weights) == labels.shape[1]:
-            losses = losses * self.weights.to(losses)
-        else:
-            raise InputError(f"weak_labels must have {len(self.weights)} columns as weights, got {labels.shape[1]}")
-        match self.scalarizer:
-            case "linear":
-                each = losses.sum(1)
-            case "square":
-                each = losses.sum(1).square()
-            case "2-norm":
-                each = torch.linalg.vector_norm(losses, dim=1)  # its gradient at zero is zero
-            case "max":
-                each = losses.max(1).values
-        return each.sum() / voted.any(1).sum().clamp(min=1)
 
 
 class ParetoSelfSupervision(Fitted):
@@ -199,7 +119,7 @@ class ParetoSelfSupervision(Fitted):
             if choice not in ("lr", "mlp") and not callable(choice):
                 raise InputError(f"base must be 'lr', 'mlp' or a function that returns a module, got {choice!r}")
         for choice in _choices(scalarizer):
-            ParetoLoss(choice)
+            checks.one_of(choice, "scalarizer", Scalarizer)
         for choice in _choices(lr):
             checks.number(choice, "lr", low=0, low_open=True)
         if not (_choices(base) and _choices(scalarizer) and _choices(lr)):
@@ -234,12 +154,10 @@ class ParetoSelfSupervision(Fitted):
                 range; training diverged or, of every combination, learnt to say the same of all samples.
         """
         x = _features(X)
-        labels = _weak_labels(weak_labels, len(x), self.num_classes)
-        kept = (labels >= 0).any(1)
-        if not bool(kept.any()):
+        labels = source_labels(weak_labels, len(x), self.num_classes).to(x.device)
+        if not bool((labels >= 0).any()):
             raise InputError("weak_labels must hold at least one vote, every source abstains everywhere")
-        if weights is not None:
-            weights = checks.weights(weights, labels.shape[1], "weights").tolist()
+        w = None if weights is None else checks.weights(weights, labels.shape[1]).to(x)
         grid = list(product(*(enumerate(_choices(c)) for c in (self.base, self.scalarizer, self.lr))))
         if (X_val is None) != (y_val is None) or (X_val is None and len(grid) > 1):
             raise InputError("X_val and y_val must be given both or neither, and to choose among several settings")
@@ -249,9 +167,20 @@ class ParetoSelfSupervision(Fitted):
             validation = x_val, checks.labels(y_val, len(x_val), self.num_classes, "y_val").to(x.device)
         best: tuple[float, tuple[int, ...], nn.Module] | None = None
         for (i, base), (j, scalarizer), (k, lr) in grid:
-            network = self._network(base, x)
-            loss = self._train(network, ParetoLoss(scalarizer, weights), lr, x, labels.to(x.device), validation)
-            if len(grid) > 1 and _says_the_same(_log_probs(network, x if validation is None else validation[0])):
+            network = harmonizer.build(base, x, self.num_classes, self.hidden, self.seed)
+            loss = harmonizer.train(
+                network,
+                partial(scalarised, scalarizer=scalarizer, weights=w),
+                x,
+                labels,
+                validation,
+                lr=lr,
+                epochs=self.epochs,
+                patience=self.patience,
+                batch_size=self.batch_size,
+                seed=self.seed,
+            )
+            if validation is not None and len(grid) > 1 and _says_the_same(network, validation[0]):
                 continue
             if best is None or loss < best[0]:
                 best = loss, (i, j, k), network
@@ -263,7 +192,7 @@ class ParetoSelfSupervision(Fitted):
         self.network = network if own else None
         self._store(
             x,
-            flat=torch.cat([p.flatten() for p in parameters]) if parameters else x.new_empty(0),
+            flat=torch.cat([x.new_empty(0), *(p.flatten() for p in parameters)]),
             sizes=torch.tensor([x.shape[1], *[len(p) for p in parameters[1::2]]]),
             chosen=torch.tensor(chosen),
             validation_loss=torch.tensor(loss),
@@ -278,13 +207,8 @@ class ParetoSelfSupervision(Fitted):
         """
         self._must_be_fitted()
         if self.network is not None:
-            return _log_softmax(self.network(X))
-        flat, out = self.flat.to(X.dtype), X
-        ins, outs = self.sizes[:-1].tolist(), self.sizes[1:].tolist()
-        for layer, (a, b) in enumerate(zip(ins, outs)):
-            weight, bias, flat = flat.split([a * b, b, len(flat) - a * b - b])
-            out = F.linear(out.relu() if layer else out, weight.view(b, a), bias)
-        return _log_softmax(out)
+            return log_probs(self.network(X))
+        return log_probs(harmonizer.layers(self.flat.to(X.dtype), self.sizes, X))
 
     def predict_proba(self, X: Matrix) -> Matrix:
         """Probabilities of the classes (n, C): a tensor for a tensor, else a NumPy array."""
@@ -292,7 +216,7 @@ class ParetoSelfSupervision(Fitted):
         x = _features(X)
         if self.network is None and x.shape[1] != int(self.sizes[0]):
             raise InputError(f"X must have {int(self.sizes[0])} columns as in fit, got {x.shape[1]}")
-        probs = _log_probs(self, x if isinstance(X, Tensor) else x.to(self.flat.device)).exp()
+        probs = harmonizer.log_probs(self, x if isinstance(X, Tensor) else x.to(self.flat.device)).exp()
         return probs if isinstance(X, Tensor) else probs.cpu().numpy()
 
     def risk(self, X: Matrix, answers: Labels) -> Float[Tensor, " n"] | Float[np.ndarray, " n"]:
@@ -312,66 +236,6 @@ class ParetoSelfSupervision(Fitted):
         if not all(isinstance(choice, str) for choice in _choices(self.base)):
             raise InputError("base must be 'lr' or 'mlp' to be saved: of your own module, save network.state_dict()")
         super().save(path)
-
-    def _network(self, base: Base, x: Tensor) -> nn.Module:
-        """A fresh network, its random weights drawn from the seed."""
-        if not isinstance(base, str):
-            with _seeded(self.seed, x.device):
-                network = base()
-            if not isinstance(network, nn.Module) or not any(p.requires_grad for p in network.parameters()):
-                raise InputError(f"base must return a module with parameters to train, got {type(network).__name__}")
-            return network.to(x.device)
-        outs = self.num_classes if self.num_classes > 2 else 1
-        widths = [x.shape[1], outs] if base == "lr" else [x.shape[1], self.hidden, outs]
-        layers = [nn.utils.skip_init(nn.Linear, a, b, dtype=x.dtype) for a, b in pairwise(widths)]
-        generator = torch.Generator().manual_seed(self.seed)
-        for layer in layers:
-            bound = 1 / math.sqrt(layer.in_features)
-            for parameter in layer.parameters():
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
-        network = nn.Sequential(*layers) if base == "lr" else nn.Sequential(layers[0], nn.ReLU(), layers[1])
-        return network.to(x.device)
-
-    def _train(
-        self,
-        network: nn.Module,
-        loss: ParetoLoss,
-        lr: float,
-        x: Tensor,
-        labels: Tensor,
-        validation: tuple[Tensor, Tensor] | None,
-    ) -> float:
-        """Train in place; the log loss on the validation set at the end."""
-        optimizer = torch.optim.AdamW(network.parameters(), lr)
-        generator = torch.Generator().manual_seed(self.seed)
-        voted = (labels >= 0).any(1)
-        best, waited, current = math.inf, 0, math.nan
-        for _ in progress.track(range(self.epochs), "harmonizer"):
-            network.train()
-            seed = int(torch.randint(2**31, (), generator=generator))  # dropout's
-            with torch.enable_grad(), _seeded(seed, x.device):
-                for chosen in torch.randperm(len(x), generator=generator).to(x.device).split(self.batch_size):
-                    if not bool(voted[chosen].any()):
-                        continue
-                    optimizer.zero_grad()
-                    out = network(x[chosen])
-                    self._check_outputs(out, len(chosen))
-                    loss(out, labels[chosen]).backward()
-                    optimizer.step()
-            if validation is not None:
-                current = float(F.nll_loss(_log_probs(network, validation[0]).double(), validation[1]))
-                waited = 0 if current < best else waited + 1
-                best = min(best, current)
-                if waited >= self.patience:
-                    break
-        if not all(bool(p.isfinite().all()) for p in network.parameters()):
-            raise InputError(f"training diverged at lr {lr:g}: standardise X, or lower lr")
-        network.eval()
-        return current
-
-    def _check_outputs(self, out: Tensor, n: int) -> None:
-        if out.shape != (n, self.num_classes) and (self.num_classes > 2 or out.shape != (n, 1)):
-            raise InputError(f"base must give logits of shape ({n}, {self.num_classes}), got {tuple(out.shape)}")
 
 
 def risk_score(probs: Matrix, answers: Labels) -> Float[Tensor, " n"] | Float[np.ndarray, " n"]:
@@ -394,7 +258,7 @@ def risk_score(probs: Matrix, answers: Labels) -> Float[Tensor, " n"] | Float[np
         tensor([0.1000, 0.9000, 0.0000])
     """
     p = checks.probabilities(probs)
-    y = _weak_labels(checks.tensor(answers, "answers")[:, None], len(p), p.shape[1], "answers").to(p.device)
+    y = source_labels(checks.tensor(answers, "answers")[:, None], len(p), p.shape[1], "answers").to(p.device)
     others = p.scatter(1, y.clamp(min=0), 0).sum(1)  # not 1 - p: a small risk keeps its digits
     risk = others.clamp(max=1) * (y[:, 0] >= 0)
     return risk if isinstance(probs, Tensor) else risk.numpy()
@@ -428,9 +292,8 @@ def reweight_sources(
         2
     """
     p = checks.probabilities(probs).detach().double()
-    labels = _weak_labels(weak_labels, len(p), p.shape[1]).to(p.device)
-    if rule not in get_args(Rule):
-        raise InputError(f"rule must be one of {', '.join(get_args(Rule))}, got {rule!r}")
+    labels = source_labels(weak_labels, len(p), p.shape[1]).to(p.device)
+    checks.one_of(rule, "rule", Rule)
     checks.number(floor, "floor", low=0, high=1)
     m = labels.shape[1]
     hot = F.one_hot(labels.clamp(min=0), p.shape[1]).double()
@@ -460,48 +323,10 @@ def _features(X: Any) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _weak_labels(value: Any, n: int, c: int, name: str = "weak_labels") -> Tensor:
-    labels = checks.tensor(value, name)
-    if labels.ndim != 2 or len(labels) != n or labels.shape[1] == 0:
-        raise InputError(f"{name} must have {n} rows and a column for every source, got {tuple(labels.shape)}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise InputError(f"{name} must be integer class indices, got {str(labels.dtype).removeprefix('torch.')}")
-    labels = labels.long()
-    bad = (labels < -1) | (labels >= c)
-    if bool(bad.any()):
-        where = labels.flatten()[bad.flatten().to(torch.uint8).argmax()]
-        raise InputError(f"{name} must lie in 0..{c - 1}, or be -1, found {int(where)} at {checks.first_bad(bad)}")
-    return labels
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """What draws from the global random state starts from `seed`, and leaves that state as it was."""
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
 def _choices(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    if logits.shape[1] == 1:
-        return torch.cat([F.logsigmoid(-logits), F.logsigmoid(logits)], 1)
-    return logits.log_softmax(1)
-
-
-def _log_probs(network: nn.Module, x: Tensor) -> Tensor:
-    with evaluating(network):
-        out = torch.cat([network(part) for part in x.split(_BATCH)])
-    return out if isinstance(network, Fitted) else _log_softmax(out)
-
-
-def _says_the_same(log_probs: Tensor) -> bool:
+def _says_the_same(network: nn.Module, x: Tensor) -> bool:
     """As the authors: some class's probability hardly varies."""
-    return bool((log_probs.exp().double().var(0, correction=0) < 1e-8).any())
+    return bool((harmonizer.log_probs(network, x).exp().double().var(0, correction=0) < 1e-8).any())

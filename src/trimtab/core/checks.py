@@ -7,7 +7,7 @@ Each returns the checked value as a tensor (or number), on the device and in the
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def views(value: Any, n: int, c: int, name: str = "views") -> Float[Tensor, "n v
 
 
 def number(
-    value: float,
+    value: float | np.integer | np.floating,
     name: str,
     *,
     low: float = -math.inf,
@@ -149,7 +149,7 @@ def number(
     return float(value)
 
 
-def integer(value: int, name: str, *, low: int | None = None, high: int | None = None) -> int:
+def integer(value: int | np.integer, name: str, *, low: int | None = None, high: int | None = None) -> int:
     """An integer in the closed interval low..high."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise InputError(f"{name} must be an integer, got {type(value).__name__}")
@@ -158,3 +158,10 @@ def integer(value: int, name: str, *, low: int | None = None, high: int | None =
     if high is not None and value > high:
         raise InputError(f"{name} must be at most {high}, got {value}")
     return int(value)
+
+
+def one_of(value: Any, name: str, kind: object) -> Any:
+    """One of the values of a `Literal`."""
+    if value not in get_args(kind):
+        raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+    return value

@@ -23,6 +23,7 @@ from trimtab.metrics import (
     lrp_optimal_thresholds,
     match_detections,
 )
+from trimtab.metrics.detection import score_bins
 
 
 def scene(seed, images=6, classes=3, crowds=0.1):
@@ -121,6 +122,14 @@ def copied(truth, detections, parts, tau):
     return match_detections(GroundTruth(*there, range(n), range(3)), Detections(*found, n, 3), tau=tau)
 
 
+@pytest.mark.parametrize("bins", [3, 10, 25])
+def test_a_score_on_an_edge_is_in_the_bin_below(bins):
+    k = np.arange(bins + 1)
+    edges, inside = torch.from_numpy(k / bins), torch.from_numpy((k + 0.5) / bins)[:bins]
+    assert score_bins(edges, bins).tolist() == [0, *range(bins)]
+    assert score_bins(inside, bins).tolist() == list(range(bins))
+
+
 def test_a_perfect_detector_has_no_error_and_a_silent_one_misses_all():
     truth, detections = scene(5, crowds=0)
     perfect = Detections(truth.image, truth.label, truth.boxes, torch.ones(len(truth)).double(), 6, 3)
@@ -195,23 +204,24 @@ def test_batches_add_up(kind, box_format):
     [
         ([], [], "preds and target must have as many images, at least one, got 0 and 0"),
         ([{}], [], "as many images"),
-        ([{"boxes": torch.zeros(1, 4)}], [{}], r"preds\[0\] must have 'scores'"),
-        ([None], [{"boxes": torch.zeros(1, 4)}], r"target\[0\] must have 'labels'"),
-        ([{"scores": torch.tensor([2.0])}], [None], r"scores must lie in \[0, 1\], found 2"),
-        ([{"labels": torch.tensor([3])}], [None], r"label must lie in 0..2, found 3"),
-        ([{"scores": torch.tensor([1.0, 1.0])}], [None], r"preds\[0\]\['scores'\] must have shape \(1,\), got \(2,\)"),
-        ([{"boxes": torch.tensor([[5.0, 0, 1, 1]])}], [None], "boxes must have width >= 0, found -4"),
+        ([{"scores": None}], [{}], r"preds\[0\] must have 'scores'"),
+        ([{}], [{"labels": None}], r"target\[0\] must have 'labels'"),
+        ([{"scores": torch.tensor([2.0])}], [{}], r"scores must lie in \[0, 1\], found 2"),
+        ([{"labels": torch.tensor([3])}], [{}], r"label must lie in 0..2, found 3"),
+        ([{"scores": torch.tensor([1.0, 1.0])}], [{}], r"preds\[0\]\['scores'\] must have shape \(1,\), got \(2,\)"),
+        ([{"boxes": torch.tensor([[5.0, 0, 1, 1]])}], [{}], "boxes must have width >= 0, found -4"),
+        ([{"boxes": torch.zeros(1, 5)}], [{}], r"preds\[0\]\['boxes'\] must have shape \(n, 4\), got \(1, 5\)"),
     ],
 )
 def test_bad_batches_are_refused_in_words(preds, target, message):
-    good = {"boxes": torch.zeros(1, 4), "scores": torch.ones(1), "labels": torch.tensor([0])}
     there = {"boxes": torch.zeros(1, 4), "labels": torch.tensor([0])}
-    if preds and target and set(preds[0] or {}) != {"boxes"}:
-        preds = [{**good, **(preds[0] or {})}]
-    elif preds and preds[0] and "must have width" in message:
-        preds = [{**good, **preds[0]}]
+    found = {**there, "scores": torch.ones(1)}
+
+    def changed(image, change):
+        return {key: value for key, value in {**image, **change}.items() if value is not None}
+
     with pytest.raises(InputError, match=message):
-        LaECE(num_classes=3).update(preds, [there if t is None else t for t in target])
+        LaECE(num_classes=3).update([changed(found, x) for x in preds], [changed(there, x) for x in target])
 
 
 @pytest.mark.bad_input

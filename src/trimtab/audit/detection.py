@@ -21,6 +21,7 @@ from trimtab.core.checks import InputError
 from trimtab.core.detections import Detections, GroundTruth
 from trimtab.core.progress import track
 from trimtab.metrics import Matches, detection_ece, laace, laece, laece_per_class, lrp, match_detections, resampling
+from trimtab.metrics.detection import score_bins
 from trimtab.metrics.matching import image_sums
 
 BINS = 25
@@ -170,9 +171,8 @@ class _Scene:
 
     def curve(self, level: float) -> Curve:
         """Mean overlap against mean score in each bin of the score, all classes together."""
-        bins = self._bins(None)
-        resampled = self._bins(self.counts)
-        samples, score, overlap = bins
+        samples, score, overlap = _bins(self.matches)
+        resampled = _bins(self.matches, self.counts)
         ends = [
             resampling.intervals(
                 {"iou": overlap[b] / samples[b]}, {"iou": resampled[2, :, b] / resampled[0, :, b]}, level
@@ -193,22 +193,19 @@ class _Scene:
 
     def histogram(self) -> list[int]:
         """How many detections have a score in each bin."""
-        return [int(n) for n in self._bins(None)[0]]
-
-    def _bins(self, counts: Tensor | None) -> Tensor:
-        rows = ~self.matches.ignored
-        scores, iou = self.matches.scores[rows], self.matches.iou[rows]
-        cell = (scores * BINS).ceil().long().sub(1).clamp(min=0)
-        values = torch.stack([torch.ones_like(scores), scores, iou], 1)
-        return image_sums(self.matches.image[rows], cell, values, self.matches.images, BINS, counts)
+        return [int(n) for n in _bins(self.matches)[0]]
 
 
-def _measures(matches: Matches, half: Matches, counts: Tensor | None) -> dict[str, Tensor]:
+def _bins(matches: Matches, counts: Tensor | None = None) -> Tensor:
+    """Number of detections, sum of scores and sum of overlaps in each bin of the score: (3, bins) or (3, r, bins)."""
     rows = ~matches.ignored
     scores, iou = matches.scores[rows], matches.iou[rows]
     values = torch.stack([torch.ones_like(scores), scores, iou], 1)
-    pooled = torch.zeros_like(matches.image[rows])
-    n, score, overlap = image_sums(matches.image[rows], pooled, values, matches.images, 1, counts)[..., 0]
+    return image_sums(matches.image[rows], score_bins(scores, BINS), values, matches.images, BINS, counts)
+
+
+def _measures(matches: Matches, half: Matches, counts: Tensor | None) -> dict[str, Tensor]:
+    n, score, overlap = _bins(matches, counts).sum(-1)
     parts = lrp(matches, counts).mean
     return {
         "laece": laece(matches, BINS, counts),

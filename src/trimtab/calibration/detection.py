@@ -20,6 +20,7 @@ on the calibrated scores. Steps, targets and defaults are those of the authors' 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, Self, get_args
 
 import numpy as np
@@ -153,22 +154,13 @@ class DetectionCalibrator(Fitted):
         return self
 
     def forward(self, scores: Float[Tensor, " n"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Calibrated scores, in the precision that came; no threshold is applied, and nothing is checked."""
-        s = scores.double()
-        group = labels if self.classwise else torch.zeros_like(labels)
-        start, stop = self.offsets[group], self.offsets[group + 1]
-        fitted = stop > start
-        if not bool(fitted.any()):
-            return scores
-        first, last = start.clamp(max=self.maps.shape[1] - 1), (stop - 1).clamp(min=0)
-        if self.kind == "isotonic":
-            value = self._interpolated(s, first, last)
-        else:
-            slope, shift = self.maps[:, first]
-            x = s if self.kind == "linear" else _log_odds(s)
-            value = slope * x + shift
-            value = value if self.kind == "linear" else value.sigmoid()
-        return torch.where(fitted, value.clamp(0, 1), s).to(scores.dtype)
+        """Calibrated scores, in the precision that came; no threshold is applied, and values are not checked.
+
+        Raises:
+            InputError: the calibrator is not fitted.
+        """
+        self._must_be_fitted()
+        return self._calibrated(scores, labels)
 
     def transform(self, detections: Detections) -> Detections:
         """Drop the detections below the thresholds, calibrate the rest, and drop again.
@@ -198,10 +190,24 @@ class DetectionCalibrator(Fitted):
         return torch.full((matches.classes,), self.thresholds, dtype=torch.float64, device=matches.scores.device)
 
     def _mapped(self, detections: Detections) -> Detections:
-        scores = self(detections.scores, detections.label)
-        return Detections(
-            detections.image, detections.label, detections.boxes, scores, detections.images, detections.classes
-        )
+        return replace(detections, scores=self._calibrated(detections.scores, detections.label))
+
+    def _calibrated(self, scores: Tensor, labels: Tensor) -> Tensor:
+        s = scores.double()
+        group = labels if self.classwise else torch.zeros_like(labels)
+        start, stop = self.offsets[group], self.offsets[group + 1]
+        fitted = stop > start
+        if not bool(fitted.any()):
+            return scores
+        first, last = start.clamp(max=self.maps.shape[1] - 1), (stop - 1).clamp(min=0)
+        if self.kind == "isotonic":
+            value = self._interpolated(s, first, last)
+        else:
+            slope, shift = self.maps[:, first]
+            x = s if self.kind == "linear" else _log_odds(s)
+            value = slope * x + shift
+            value = value if self.kind == "linear" else value.sigmoid()
+        return torch.where(fitted, value.clamp(0, 1), s).to(scores.dtype)
 
     def _maps(self, s: Tensor, target: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """The maps of all groups, column after column, and how many columns each has."""

@@ -7,6 +7,7 @@ of the COCO data set's format, which most detectors can write.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -172,7 +173,7 @@ class Detections:
         where = f"{path}: detections"
         scores = _column(entries, "score", where)
         for row, score in enumerate(scores):
-            if isinstance(score, bool) or not isinstance(score, (int, float)):
+            if not _is_number(score):
                 raise InputError(f"{where}: entry {row}: score must be a number, found {_short(score)}")
         return _made(
             path,
@@ -233,7 +234,7 @@ def _read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
@@ -281,9 +282,14 @@ def _numbers(entries: Sequence[Any], key: str, ids: Sequence[Id], where: str) ->
 def _boxes(entries: Sequence[Any], where: str) -> Tensor:
     boxes = _column(entries, "bbox", where)
     for row, box in enumerate(boxes):
-        if not (isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)):
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
             raise InputError(f"{where}: entry {row}: bbox must be [x, y, width, height], found {_short(box)}")
     return torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+
+
+def _is_number(x: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold: integers there have no end."""
+    return type(x) is float or (type(x) is int and abs(x) <= sys.float_info.max)
 
 
 def _made(path: str | Path, kind: Any, **columns: Any) -> Any:

@@ -85,8 +85,11 @@ class BoxMetric(Metric):
                     value = checks.tensor(image[key], f"{name}[{i}][{key!r}]")
                 else:
                     raise InputError(f"{name}[{i}] must have {key!r}, it has {sorted(image)}")
-                value = self._left_top_width_height(value) if key == "boxes" else value
-                if key != "boxes" and value.shape != (len(image["boxes"]),):
+                if key == "boxes":
+                    if value.numel() and (value.ndim != 2 or value.shape[1] != 4):
+                        raise InputError(f"{name}[{i}]['boxes'] must have shape (n, 4), got {tuple(value.shape)}")
+                    value = self._left_top_width_height(value)
+                elif value.shape != (len(image["boxes"]),):
                     boxes, shape = len(image["boxes"]), tuple(value.shape)
                     raise InputError(f"{name}[{i}][{key!r}] must have shape ({boxes},), got {shape}")
                 parts[key].append(value.bool() if key == "iscrowd" else value)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from trimtab.core import checks
@@ -68,7 +68,7 @@ def laece_bins(
     kept = ~matches.ignored
     scores = matches.scores[kept]
     values = torch.stack([torch.ones_like(scores), scores - matches.iou[kept]], 1)
-    cell = matches.label[kept] * bins + _bin(scores, bins)
+    cell = matches.label[kept] * bins + score_bins(scores, bins)
     sums = image_sums(matches.image[kept], cell, values, matches.images, matches.classes * bins, counts)
     samples, gap = sums.unflatten(-1, (matches.classes, bins))
     return samples, gap
@@ -143,13 +143,15 @@ def detection_ece(matches: Matches, bins: int = 10, counts: Num[Tensor, "r image
     kept = ~matches.ignored
     scores = matches.scores[kept]
     values = torch.stack([torch.ones_like(scores), scores - matches.hit[kept].double()], 1)
-    samples, gap = image_sums(matches.image[kept], _bin(scores, bins), values, matches.images, bins, counts)
+    samples, gap = image_sums(matches.image[kept], score_bins(scores, bins), values, matches.images, bins, counts)
     return gap.abs().sum(-1) / samples.sum(-1)
 
 
-def _bin(scores: Tensor, bins: int) -> Tensor:
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=scores.device)
-    return torch.bucketize(scores, edges[1:-1])
+def score_bins(scores: Float[Tensor, " n"], bins: int) -> Int[Tensor, " n"]:
+    """The bin (lower, upper] of each score; the first holds 0 too."""
+    # edges are the doubles nearest to k / bins, where a score often lies; those of linspace may be the next below
+    edges = torch.arange(1, bins, dtype=torch.float64, device=scores.device) / bins
+    return torch.bucketize(scores, edges)
 
 
 def _mean_of_classes(error: Float[Tensor, "*r classes"]) -> Tensor:

@@ -2,8 +2,9 @@
 
 For the operating point of a detector, the boxes that are passed on; average precision speaks of all thresholds at once.
 
-Oksuz et al. (2021). Unlike the code of Kuzucu et al. (2024), LRP of a class that has objects and no detection is 1,
-everything missed, where that code leaves the class out of the mean: a detector could improve by falling silent.
+Oksuz et al. (2021). The code of Kuzucu et al. (2024) leaves a class out of means where it has objects and no detection,
+so that a detector improves by falling silent, and out of that of false positives where all its detections are false.
+Here LRP of the one is 1, everything missed, and the share of false positives of the other is 1.
 """
 
 from __future__ import annotations

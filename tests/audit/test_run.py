@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import wraps
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from trimtab.audit import Setup, audit
 from trimtab.audit import run as run_module
 from trimtab.audit import setup as setups
 from trimtab.audit.result import AuditResult
-from trimtab.calibration import load
+from trimtab.calibration import load, select
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
 
@@ -351,3 +352,81 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(table, tmp_path, mo
     with pytest.raises(InputError, match="cannot be written: No space left on device"):
         audit(table, tmp_path / "out", **FAST)
     assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
+
+
+# calibrators that need more than logits, and a limit on the time
+
+
+def richer(**more) -> Setup:
+    plain = small_setup()
+    return Setup(plain.model, plain.calibration, plain.test, **more)
+
+
+def blurred(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return x + 0.3 * torch.randn(x.shape, generator=generator)
+
+
+def test_an_augmentation_lets_calibrators_read_how_the_model_wavers(tmp_path):
+    result = audit(richer(augment=blurred, views=2), tmp_path, **FAST)
+    row = next(row for row in result.ranking if row.symbol == "CorrectnessAware")
+    assert row.failed is None
+    assert np.isfinite([row.log_loss, *row.test_log_loss]).all()
+    assert any("SDM (features)" in note and "CorrectnessAware" not in note for note in result.notes)
+
+
+def test_features_let_calibrators_train_on_them_and_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
+    from trimtab.calibration import SDM, TemperatureScaling
+    from trimtab.calibration.select import Score
+
+    def only_sdm(predictions, **_):
+        assert predictions.features.shape == (150, 8)
+        return [Score(SDM, (0.5, 0.5), 0.5, 0.0, 1.0), Score(TemperatureScaling, (0.9, 0.9), 0.9, 0.0, 1.0)]
+
+    monkeypatch.setattr("trimtab.calibration.select.rank", only_sdm)
+    init = SDM.__init__
+    quick = {"dimension": 8, "rounds": 1, "epochs": 3, "lr": 1e-2, "rescaler_epochs": 2}
+    monkeypatch.setattr(SDM, "__init__", wraps(init)(lambda self, **given: init(self, **{**quick, **given})))
+    result = audit(richer(features=True), tmp_path, **{**FAST, "onnx": True})
+    assert [row.symbol for row in result.ranking if row.chosen] == ["SDM"]
+    assert isinstance(load(tmp_path / "calibrator.safetensors"), SDM)
+    assert "No ONNX file was written: SDM needs features beside the logits." in result.notes
+    assert not (tmp_path / "model_calibrated.onnx").exists()
+
+
+def test_what_there_is_no_time_for_is_left_out_and_named(tmp_path):
+    result = audit(small_setup(), tmp_path, max_minutes=1e-9, **FAST)
+    sound = [row for row in result.ranking if row.failed is None]
+    assert [row.symbol for row in sound] == ["Uncalibrated"]
+    assert all("had together" in row.failed for row in result.ranking if row.failed)
+    assert result.shifts == []
+    assert any("Not run for want of time: 14 of 14 runs" in note for note in result.notes)
+    assert (tmp_path / "report.html").is_file()
+    again = audit(small_setup(), tmp_path, **FAST)
+    assert len(again.shifts) == 14
+    assert sum(row.failed is None for row in again.ranking) == 10
+
+
+def test_what_was_ranked_but_not_measured_is_named(table, tmp_path, monkeypatch):
+    rank = select.rank
+    monkeypatch.setattr(select, "rank", lambda rows, **options: rank(rows, **{**options, "max_seconds": np.inf}))
+    result = audit(table, tmp_path, max_minutes=1e-6, **FAST)
+    assert all(row.failed is None for row in result.ranking)
+    (note,) = [note for note in result.notes if "not measured" in note]
+    chosen = next(row for row in result.ranking if row.chosen)
+    assert np.isfinite(chosen.test_log_loss).all()
+    assert chosen.name not in note
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("minutes", [0, -1.0, float("nan")])
+def test_a_time_that_is_none_is_refused(table, tmp_path, minutes):
+    with pytest.raises(InputError, match="max_minutes must be > 0"):
+        audit(table, tmp_path, max_minutes=minutes)
+
+
+@pytest.mark.bad_input
+def test_views_of_nothing_are_refused():
+    with pytest.raises(InputError, match="augment must be a function"):
+        richer(augment=3)
+    with pytest.raises(InputError, match="views must"):
+        richer(augment=blurred, views=0)

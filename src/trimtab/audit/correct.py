@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from trimtab.audit.result import Ranked, Triple, rebuild
 from trimtab.audit.setup import Setup
@@ -56,6 +56,28 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """The minutes that an audit may take, and when (`time.monotonic`) they are over."""
+
+    minutes: float
+    end: float
+
+    @classmethod
+    def starting_now(cls, minutes: float) -> Self:
+        """So many minutes from now."""
+        return cls(minutes, time.monotonic() + 60 * minutes)
+
+    @property
+    def seconds(self) -> float:
+        """What is left."""
+        return max(0.0, self.end - time.monotonic())
+
+    def step(self, name: str) -> str:
+        """The name of a step whose result depends on the budget."""
+        return name if math.isinf(self.minutes) else f"{name} in {self.minutes:g} min"
+
+
+@dataclass(frozen=True)
 class Corrected:
     """The chosen calibrator, fitted to all calibration rows, and how it was found."""
 
@@ -76,24 +98,23 @@ def check_pair(calibration: Predictions, test: Predictions) -> None:
 
 
 def rank_and_choose(
-    calibration: Predictions, test: Predictions, out: Path, work: Workspace, settings: Settings, seconds: float
+    calibration: Predictions, test: Predictions, out: Path, work: Workspace, settings: Settings, budget: Budget
 ) -> Corrected:
     """Rank every calibrator whose needs are met, choose by the one-standard-error rule, and measure each on `test`.
 
-    The chosen one is left in `out` as ``calibrator.safetensors`` and ``.json``. In all it should not take more than
-    `seconds`; the uncalibrated scores are ranked and the chosen calibrator is fitted and measured in any case.
+    The chosen one is left in `out` as ``calibrator.safetensors`` and ``.json``. The budget is kept, but the
+    uncalibrated scores are ranked and the chosen calibrator is fitted and measured in any case.
     """
-    end = time.monotonic() + seconds
     kinds = {kind.__name__: kind for kind in select.able(calibration)}
 
     def rank() -> list[dict[str, Any]]:
         scores = select.rank(
-            calibration, folds=settings.folds, seed=settings.seed, max_seconds=_SHARE_FOR_RANKING * seconds
+            calibration, folds=settings.folds, seed=settings.seed, max_seconds=_SHARE_FOR_RANKING * budget.seconds
         )
         chosen = select.one_standard_error(scores)
         return [_row(score, scores[0], score is chosen) for score in scores]
 
-    rows = work.number(_within("rank calibrators", seconds), rank)
+    rows = work.number(budget.step("rank calibrators"), rank)
     symbol = next(row["symbol"] for row in rows if row["chosen"])
     path = work.folder / CALIBRATOR_FILE
     work.number(f"fit {symbol}", lambda: kinds[symbol]().fit_predictions(calibration).save(path))
@@ -105,13 +126,13 @@ def rank_and_choose(
         for row in track([row for row in rows if row["symbol"] not in found], "measure calibrators"):
             found[row["symbol"]] = _UNMEASURED
             if row["failed"] is None:
-                with suppress(OutOfTime, InputError), limit(end - time.monotonic()):
+                with suppress(OutOfTime, InputError), limit(budget.seconds):
                     in_time()
                     other = kinds[row["symbol"]]().fit_predictions(calibration)
                     found[row["symbol"]] = _measure(other, test, settings)
         return found
 
-    measured = work.number(_within("measure calibrators", seconds), measure_all)
+    measured = work.number(budget.step("measure calibrators"), measure_all)
     ranking = [rebuild(Ranked, {**row, **measured[row["symbol"]]}) for row in rows]
     change = triples(work.number("compare", lambda: settings.compare(test, fitted.transform(test))))
     return Corrected(fitted, ranking, change, _notes(ranking, kinds))
@@ -128,11 +149,6 @@ def _notes(ranking: Sequence[Ranked], able: Mapping[str, type[Calibrator]]) -> l
     if late:
         notes.append(f"Ranked, but not measured on the test rows for want of time: {', '.join(late)}.")
     return notes
-
-
-def _within(name: str, seconds: float) -> str:
-    """The name of a step that depends on the time it was given."""
-    return name if math.isinf(seconds) else f"{name} within {seconds:.0f} s"
 
 
 def _row(score: select.Score, best: select.Score, chosen: bool) -> dict[str, Any]:

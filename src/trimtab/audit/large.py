@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trimtab.audit.correct import Corrected, Settings, check_pair, rank_and_choose, triple, triples
+from trimtab.audit.correct import Budget, Corrected, Settings, check_pair, rank_and_choose, triple, triples
 from trimtab.audit.result import Triple
 from trimtab.audit.workspace import Workspace
 from trimtab.calibration import Calibrator
@@ -27,7 +26,7 @@ FIT_SCORES = 1_000_000
 
 
 def audit_large(
-    table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings, end: float
+    table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings, budget: Budget
 ) -> tuple[int, Summary, Summary, dict[str, Triple], Corrected, list[str]]:
     """Fit and rank corrections on random rows; measure all rows before and after.
 
@@ -36,7 +35,7 @@ def audit_large(
     """
     calibration, test, where = _samples(table, other, settings)
     check_pair(calibration, test)
-    corrected = rank_and_choose(calibration, test, out, work, settings, end - time.monotonic())
+    corrected = rank_and_choose(calibration, test, out, work, settings, budget)
 
     def suite() -> dict[str, Any]:
         found = table_suite(table, **settings.intervals)

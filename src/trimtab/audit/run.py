@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.audit import correct, report, shifts
 from trimtab.audit import setup as setups
-from trimtab.audit.correct import Settings, triple, triples
+from trimtab.audit.correct import Budget, Settings, triple, triples
 from trimtab.audit.large import audit_large
 from trimtab.audit.result import AuditResult, ClassRow, Curve, ShiftCell, Triple, rebuild
 from trimtab.audit.setup import Setup
@@ -85,7 +85,7 @@ def audit(
     if not max_minutes > 0:
         raise InputError(f"max_minutes must be > 0, got {max_minutes}")
     started = time.perf_counter()
-    end = time.monotonic() + 60 * max_minutes
+    budget = Budget.starting_now(max_minutes)
     out = Path(out)
     if isinstance(source, Setup) or (":" in str(source) and Path(source).suffix not in ENDINGS):
         if calibration is not None:
@@ -94,7 +94,7 @@ def audit(
         spec = None if isinstance(source, Setup) else str(source)
         work = Workspace(out, _identity(settings, spec=spec, **_marks(setup, spec)), fresh=fresh)
         with _warnings_kept() as warned:
-            result = _audit_model(setup, spec, out, work, workers, settings, end)
+            result = _audit_model(setup, spec, out, work, workers, settings, budget)
         if onnx:
             begun = time.perf_counter()
             export = correct.export_model(setup, load(out / correct.CALIBRATOR_FILE), out)
@@ -110,7 +110,7 @@ def audit(
             )
             large = table.n * table.c > SCORES_IN_MEMORY
             with _warnings_kept() as warned:
-                result = (_audit_large_table if large else _audit_table)(table, other, out, work, settings, end)
+                result = (_audit_large_table if large else _audit_table)(table, other, out, work, settings, budget)
     result = replace(
         result,
         notes=[*result.notes, *dict.fromkeys(f"Warning: {warning.message}." for warning in warned)],
@@ -136,7 +136,7 @@ def _warnings_kept() -> Iterator[list[warnings.WarningMessage]]:
 
 
 def _audit_model(
-    setup: Setup, spec: str | None, out: Path, work: Workspace, workers: int, settings: Settings, end: float
+    setup: Setup, spec: str | None, out: Path, work: Workspace, workers: int, settings: Settings, budget: Budget
 ) -> AuditResult:
     views = 0 if setup.augment is None else setup.views
     more = {"features": setup.features, "views": views, "augment": setup.augment, "seed": settings.seed}
@@ -157,9 +157,17 @@ def _audit_model(
         raise InputError(f"classes must name {test.c} classes, got {len(setup.classes)}")
     shifted = {name: collect(f"shift {name}", loader) for name, loader in setup.shifts.items()}
     result = _measure_and_correct(
-        setup.title or spec or type(setup.model).__name__, "model", calibration, test, shifted, out, work, settings, end
+        setup.title or spec or type(setup.model).__name__,
+        "model",
+        calibration,
+        test,
+        shifted,
+        out,
+        work,
+        settings,
+        budget,
     )
-    cells, late = _follow_shifts(setup, spec, work, workers, settings, end)
+    cells, late = _follow_shifts(setup, spec, work, workers, settings, budget)
     if setup.classes is not None:
         names = [str(name) for name in setup.classes]
         rows = [replace(row, name=name) for row, name in zip(result.per_class, names)]
@@ -169,7 +177,7 @@ def _audit_model(
 
 
 def _audit_table(
-    table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings, end: float
+    table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings, budget: Budget
 ) -> AuditResult:
     if not other:
         table.labels()  # refused before anything is read, with the columns that are there
@@ -183,7 +191,7 @@ def _audit_table(
             "The rows were split in two halves at random, stratified by label: the corrections were fitted on one, "
             "and everything was measured on the other."
         )
-    result = _measure_and_correct(table.path.name, "table", calibration, test, {}, out, work, settings, end)
+    result = _measure_and_correct(table.path.name, "table", calibration, test, {}, out, work, settings, budget)
     return replace(result, notes=[note, *result.notes])
 
 
@@ -196,7 +204,7 @@ def _measure_and_correct(
     out: Path,
     work: Workspace,
     settings: Settings,
-    end: float,
+    budget: Budget,
 ) -> AuditResult:
     """Everything but the shifts, for predictions in memory; leaves the chosen calibrator in `out`."""
     correct.check_pair(calibration, test)
@@ -213,16 +221,16 @@ def _measure_and_correct(
         return {name: triple(interval) for name, interval in measures.items()}
 
     measures = triples(work.number("measure", suite))
-    left = (end - time.monotonic()) / (2 if shifted else 1)
-    corrected = correct.rank_and_choose(calibration, test, out, work, settings, left)
+    share = replace(budget, end=time.monotonic() + budget.seconds / 2) if shifted else budget
+    corrected = correct.rank_and_choose(calibration, test, out, work, settings, share)
     before, after = settings.summarise(test), settings.summarise(corrected.calibrator.transform(test))
     return _result(title, kind, calibration.n, before, after, measures, corrected, settings)
 
 
 def _audit_large_table(
-    table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings, end: float
+    table: Table, other: Path | None, out: Path, work: Workspace, settings: Settings, budget: Budget
 ) -> AuditResult:
-    n_fit, before, after, measures, corrected, notes = audit_large(table, other, out, work, settings, end)
+    n_fit, before, after, measures, corrected, notes = audit_large(table, other, out, work, settings, budget)
     result = _result(table.path.name, "table", n_fit, before, after, measures, corrected, settings)
     return replace(result, notes=notes)
 
@@ -268,14 +276,14 @@ def _class_row(k: int, before: Summary, after: Summary) -> ClassRow:
 
 
 def _follow_shifts(
-    setup: Setup, spec: str | None, work: Workspace, workers: int, settings: Settings, end: float
+    setup: Setup, spec: str | None, work: Workspace, workers: int, settings: Settings, budget: Budget
 ) -> tuple[list[ShiftCell], list[str]]:
     """All (shift, adapter) cells, adapter by adapter, and notes; what an earlier run finished is not run again."""
     if not setup.shifts:
         return [], []
     pairs = [(shift, adapter) for adapter in shifts.ADAPTERS for shift in (shifts.NONE, *setup.shifts)]
     missing = [pair for pair in pairs if not work.has(_cell_name(*pair))]
-    for cell in shifts.run_cells(setup, spec, missing, workers=workers, settings=settings, end=end):
+    for cell in shifts.run_cells(setup, spec, missing, workers=workers, settings=settings, end=budget.end):
         work.keep(_cell_name(cell.shift, cell.adapter), cell.__dict__, cell.seconds)
     kept = [_cell_name(*pair) for pair in pairs if work.has(_cell_name(*pair))]
     cells = [rebuild(ShiftCell, work.kept(name)) for name in kept]

@@ -97,7 +97,7 @@ def rank(
                 in_time()
                 losses[kind].append(_log_loss(kind().fit_predictions(fit).transform(held_out)))
         except OutOfTime:
-            failed[kind] = f"not fitted within the {max_seconds:.3g} s that all calibrators had together"
+            failed[kind] = f"not fitted within the {max(0, max_seconds):.3g} s that all calibrators had together"
         except InputError as error:
             failed[kind] = str(error)
         except Exception as error:  # one calibrator's fault must not cost the others their ranking

@@ -36,6 +36,11 @@ def detections_of(rows, n, c):
     return Detections(x[:, 0].long() - 1, x[:, 1].long() - 1, x[:, 2:6], x[:, 6], n, c)
 
 
+def fitted(calibrator):
+    """The classes that have a map."""
+    return (calibrator.offsets.diff() > 0).numpy()
+
+
 def steepness(name, params):
     """a and b of every map, from what the authors' code keeps."""
     a = params.reshape(len(params), -1).T
@@ -47,7 +52,7 @@ def loss_and_slope(calibrator, truth, kept, maps, target):
     matches = match_detections(truth, kept, tau=calibrator.matching_tau)
     wanted = matches.iou if target == "iou" else matches.hit.double()
     out = []
-    for g, (a, b) in enumerate(maps.T):
+    for g, (a, b) in zip(fitted(calibrator).nonzero()[0], maps.T):
         own = ((matches.label == g) | (not calibrator.classwise)) & ~matches.ignored
         z, t = matches.scores[own].logit(), wanted[own]
         p = (a * z + b).sigmoid()
@@ -73,6 +78,8 @@ def test_the_authors_numbers(path):
             search = {"search": "lbfgs"} if kind in ("platt", "temperature") else {}
             calibrator = DetectionCalibrator(kind, **search, **arguments).fit(*validation)
             atol = ATOL.get(name, 1e-6)
+            if "params" in expected:
+                expected["params"] = expected["params"][fitted(calibrator)]
 
             assert_close(calibrator.thresholds_before, expected["pre_thr"], 1e-6)
             if not converged(calibrator, validation, name, expected):

@@ -40,6 +40,33 @@ def test_the_authors_numbers(path):
     assert checked
 
 
+def as_the_authors(probs, strategy):
+    """Their `Voters`, sample by sample, on class indices."""
+    merged, predicted = [], []
+    for p in probs.transpose(1, 0, 2):
+        choice, kept = p.argmax(1), np.arange(len(p))
+        if strategy == "mean":
+            best = np.mean(p, axis=0).argmax()
+        else:
+            agreement = np.where(choice[:, None] == choice, p.max(1), 0.0).sum(-1)
+            kept = (agreement == agreement.max()).nonzero()[0]
+            best = choice[kept[0]]
+        merged.append(np.mean(p[kept], axis=0))
+        predicted.append(best)
+    return np.array(merged), np.array(predicted)
+
+
+@pytest.mark.parametrize("strategy", ["mean", "majority"])
+@pytest.mark.parametrize("v", [3, 6, 8, 12, 20])
+def test_ties_of_decimals_are_the_authors_to_the_last_bit(strategy, v):
+    random = np.random.default_rng(v)
+    probs = np.stack([random.multinomial(10, random.dirichlet(np.ones(5)), 2000) for _ in range(v)]) / 10
+    merged, predicted = self_ensemble(probs, strategy)
+    expected, classes = as_the_authors(probs, strategy)
+    np.testing.assert_array_equal(predicted, classes)
+    np.testing.assert_allclose(merged, expected, atol=1e-12, rtol=0)
+
+
 def test_there_are_golden_files():
     assert GOLDEN
 

@@ -218,6 +218,7 @@ def _merge(voters: Iterable[Tensor], v: int, strategy: Strategy, weights: Weight
     if kept:
         merged, predicted = _vote(torch.stack(kept), [x for x in w if x > 0], by_count=strategy == "count")
     else:
+        merged = merged / sum(w) if strategy == "mean" else merged  # rounding may tie here, as in the authors' mean
         predicted = merged.argmax(1)
     return (merged / merged.sum(1, keepdim=True)).to(first.dtype), predicted
 
@@ -227,9 +228,9 @@ def _vote(probs: Tensor, weights: list[float], *, by_count: bool) -> tuple[Tenso
     confidence, choice = probs.max(2)
     w = probs.new_tensor(weights)[:, None]
     votes = w.expand_as(confidence) if by_count else w * confidence
-    totals = torch.zeros_like(probs[0])
-    for vote, chosen in zip(votes, choice):  # one after the other: ties are decided to the last bit
-        totals.scatter_add_(1, chosen[:, None], vote[:, None])
+    # numpy's order of summation along a row decides the authors' ties, to the last bit
+    sums = [(votes * (choice == k)).mT.contiguous().cpu().numpy().sum(1) for k in range(probs.shape[2])]
+    totals = torch.from_numpy(np.stack(sums, 1)).to(probs.device)
     of_voter = totals.gather(1, choice.mT).mT
     winning = of_voter == of_voter.amax(0)
     predicted = choice.gather(0, winning.to(torch.uint8).argmax(0)[None])[0]

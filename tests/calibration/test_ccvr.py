@@ -9,7 +9,6 @@ from score_sets import generator
 from torch import nn
 
 from trimtab.calibration import CCVR, ClassStatistics, calibrate_classifier, class_statistics, collect_class_statistics
-from trimtab.calibration.ccvr import _retrain
 from trimtab.core.checks import InputError
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "47-ccvr").glob("*.npz"))
@@ -37,7 +36,8 @@ def test_parity_of_the_retraining(path):
     c, d = g["clf_w0"].shape
     head = linear(d, c).double()
     head.load_state_dict({"weight": g["clf_w0"], "bias": g["clf_b0"]})
-    _retrain(head, g["virtual_x"], g["virtual_y"], 0.01, 0.9, 0.0, 5, len(g["virtual_x"]), generator(0))
+    whole = CCVR(lr=0.01, momentum=0.9, weight_decay=0.0, epochs=5, batch_size=len(g["virtual_x"]))
+    whole._retrain(head, g["virtual_x"], g["virtual_y"], generator(0))
     torch.testing.assert_close(head.weight.detach(), g["clf_w5"], rtol=0, atol=1e-10)
     torch.testing.assert_close(head.bias.detach(), g["clf_b5"], rtol=0, atol=1e-10)
 
@@ -138,3 +138,5 @@ def test_what_does_not_fit_is_refused():
 def test_settings_out_of_range(argument):
     with pytest.raises(InputError, match=next(iter(argument))):
         CCVR(**argument)
+    with pytest.raises(InputError, match=next(iter(argument))):
+        calibrate_classifier(linear(3, 3), class_statistics(*clusters(), 3), generator=generator(0), **argument)

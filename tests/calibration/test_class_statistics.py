@@ -52,21 +52,23 @@ def same(a, b, atol=1e-10):
 def test_parity(path):
     with np.load(path) as arrays:
         g = dict(arrays)
-    (clients, c), d = g["counts"].shape, g["features"].shape[1]
-    found = [
-        class_statistics(g["features"][g["client"] == k], g["labels"][g["client"] == k], c) for k in range(clients)
-    ]
-    for k, statistics in enumerate(found):
+    clients, c = g["counts"].shape
+    held = [k for k in range(clients) if g["counts"][k].any()]
+    found = [class_statistics(g["features"][g["client"] == k], g["labels"][g["client"] == k], c) for k in held]
+    for k, statistics in zip(held, found):
         np.testing.assert_array_equal(statistics.counts, g["counts"][k])
-        few = (g["counts"][k] < 2)[:, None, None].repeat(d, 1).repeat(d, 2)
-        means = np.where(g["counts"][k][:, None] > 0, g["client_means"][k], 0)
-        np.testing.assert_allclose(statistics.means, means, atol=1e-10)
-        np.testing.assert_allclose(statistics.covariances, np.where(few, 0, g["client_covs"][k]), atol=1e-10)
+        matches(statistics, g["client_means"][k], g["client_covs"][k])
     arrays = zip(*(torch.from_numpy(g[name]) for name in ("counts", "client_means", "client_covs")))
     brought = [ClassStatistics(*parts) for parts in arrays]
     for merged in (merge_class_statistics(found), merge_class_statistics(brought)):
-        np.testing.assert_allclose(merged.means, g["global_mean"], atol=1e-10)
-        np.testing.assert_allclose(merged.covariances, g["global_cov"], atol=1e-10)
+        matches(merged, g["global_mean"], g["global_cov"])
+
+
+def matches(statistics, means, covariances):
+    """Equal where they are defined, and zero elsewhere."""
+    seen, spread = statistics.counts.numpy()[:, None] > 0, statistics.counts.numpy()[:, None, None] > 1
+    np.testing.assert_allclose(statistics.means, np.where(seen, means, 0), atol=1e-10)
+    np.testing.assert_allclose(statistics.covariances, np.where(spread, covariances, 0), atol=1e-10)
 
 
 def test_golden_files_are_there():
@@ -191,8 +193,10 @@ def test_classes_without_enough_samples_are_named():
     with pytest.warns(UserWarning, match=r"classes \[2\]: fewer than 1"):
         _, y = sample_virtual_features(ClassStatistics(counts, means, eye, "shared"), 1, generator(0))
     assert y.tolist() == [0, 1, 3]
-    with pytest.raises(InputError, match="a class with at least 2 sample"):
-        sample_virtual_features(ClassStatistics(counts.clamp(max=1), means, eye.expand(4, 2, 2)), 3, generator(0))
+    for kind, covariances in (("full", eye.expand(4, 2, 2)), ("shared", eye)):  # one sample of each: no spread
+        few = ClassStatistics(counts.clamp(max=1), means, covariances, kind)
+        with pytest.raises(InputError, match="a class with at least 2 samples"):
+            sample_virtual_features(few, 3, generator(0))
 
 
 def test_a_client_with_one_sample():
@@ -256,6 +260,8 @@ def test_statistics_that_do_not_fit_together():
     first = class_statistics(x, y, 2)
     with pytest.raises(InputError, match="at least one client's"):
         merge_class_statistics([])
+    with pytest.raises(InputError, match=r"statistics must be a sequence of ClassStatistics, one a client, got one"):
+        merge_class_statistics(first)
     with pytest.raises(InputError, match=r"agree in d: 2 in the first, 1 in number 1"):
         merge_class_statistics([first, class_statistics(x[:, :1], y, 2)])
     with pytest.raises(InputError, match="agree in c"):

@@ -104,17 +104,7 @@ class CCVR:
         """
         calibrated = copy.deepcopy(model)
         old = classifier(calibrated, layer)
-        new = calibrate_classifier(
-            old,
-            merge_class_statistics(statistics),
-            samples=self.samples,
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        new = self._calibrated(old, merge_class_statistics(statistics), torch.Generator().manual_seed(self.seed))
         if old is calibrated:
             return new  # type: ignore[return-value]
         # the layer is swapped, not written to: its weight may be tied to another layer's
@@ -123,6 +113,46 @@ class CCVR:
                 if child is old:
                     setattr(parent, name, new)
         return calibrated
+
+    def _calibrated(self, linear: nn.Linear, statistics: ClassStatistics, generator: torch.Generator) -> nn.Linear:
+        """A copy of `linear`, retrained on virtual features."""
+        if (statistics.c, statistics.d) != (linear.out_features, linear.in_features):
+            raise InputError(
+                f"statistics of {statistics.c} classes and {statistics.d} features do not fit a classifier of "
+                f"{linear.out_features} classes and {linear.in_features} features"
+            )
+        x, y = sample_virtual_features(statistics, self.samples, generator)
+        if not bool((y != y[0]).any()):
+            raise InputError(f"at least two classes must have virtual features, only class {int(y[0])} has")
+        new = copy.deepcopy(linear)
+        self._retrain(new.to(torch.promote_types(linear.weight.dtype, torch.float32)), x, y, generator)
+        if not all(bool(parameter.isfinite().all()) for parameter in new.parameters()):
+            raise InputError(f"lr must be smaller than {self.lr:g}: the classifier diverged")
+        return new.to(linear.weight.dtype)
+
+    def _retrain(
+        self,
+        linear: nn.Linear,
+        features: Float[Tensor, "m d"],
+        labels: Int[Tensor, " m"],
+        generator: torch.Generator,
+    ) -> None:
+        """SGD on the cross-entropy, in place; what was frozen before is frozen afterwards."""
+        x, y = features.to(linear.weight), labels.to(linear.weight.device)
+        learns = {parameter: parameter.requires_grad for parameter in linear.parameters()}
+        optimizer = torch.optim.SGD(
+            linear.requires_grad_().parameters(), self.lr, self.momentum, weight_decay=self.weight_decay
+        )
+        with torch.enable_grad():
+            for _ in progress.track(range(self.epochs), "CCVR"):
+                order = torch.randperm(len(x), generator=generator, device=generator.device).to(x.device)
+                for rows in order.split(self.batch_size):
+                    optimizer.zero_grad()
+                    torch.autograd.backward(F.cross_entropy(linear(x[rows]), y[rows]))
+                    optimizer.step()
+        optimizer.zero_grad()
+        for parameter, flag in learns.items():
+            parameter.requires_grad_(flag)
 
 
 def calibrate_classifier(
@@ -162,44 +192,5 @@ def calibrate_classifier(
     """
     if not isinstance(linear, nn.Linear):
         raise InputError(f"linear must be an nn.Linear, got {type(linear).__name__}")
-    if (statistics.c, statistics.d) != (linear.out_features, linear.in_features):
-        raise InputError(
-            f"statistics of {statistics.c} classes and {statistics.d} features do not fit a classifier of "
-            f"{linear.out_features} classes and {linear.in_features} features"
-        )
-    x, y = sample_virtual_features(statistics, samples, generator)
-    if not bool((y != y[0]).any()):
-        raise InputError(f"at least two classes must have virtual features, only class {int(y[0])} has")
-    new = copy.deepcopy(linear)
-    precision = torch.promote_types(linear.weight.dtype, torch.float32)
-    _retrain(new.to(precision), x, y, lr, momentum, weight_decay, epochs, batch_size, generator)
-    if not all(bool(parameter.isfinite().all()) for parameter in new.parameters()):
-        raise InputError(f"lr must be smaller than {lr:g}: the classifier diverged")
-    return new.to(linear.weight.dtype)
-
-
-def _retrain(
-    linear: nn.Linear,
-    features: Float[Tensor, "m d"],
-    labels: Int[Tensor, " m"],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    epochs: int,
-    batch_size: int,
-    generator: torch.Generator,
-) -> None:
-    """SGD on the cross-entropy, in place; what was frozen before is frozen afterwards."""
-    x, y = features.to(linear.weight), labels.to(linear.weight.device)
-    learns = {parameter: parameter.requires_grad for parameter in linear.parameters()}
-    optimizer = torch.optim.SGD(linear.requires_grad_().parameters(), lr, momentum, weight_decay=weight_decay)
-    with torch.enable_grad():
-        for _ in progress.track(range(epochs), "CCVR"):
-            order = torch.randperm(len(x), generator=generator, device=generator.device).to(x.device)
-            for rows in order.split(batch_size):
-                optimizer.zero_grad()
-                torch.autograd.backward(F.cross_entropy(linear(x[rows]), y[rows]))
-                optimizer.step()
-    optimizer.zero_grad()
-    for parameter, flag in learns.items():
-        parameter.requires_grad_(flag)
+    settings = CCVR(samples, lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs, batch_size=batch_size)
+    return settings._calibrated(linear, statistics, generator)

@@ -228,6 +228,8 @@ def merge_class_statistics(statistics: Sequence[ClassStatistics]) -> ClassStatis
         >>> merge_class_statistics(ones).covariances
         tensor([[[2.]]], dtype=torch.float64)
     """
+    if isinstance(statistics, ClassStatistics):
+        raise InputError("statistics must be a sequence of ClassStatistics, one a client, got one alone")
     parts = list(statistics)
     if not parts:
         raise InputError("statistics must hold at least one client's, got none")
@@ -271,7 +273,7 @@ def sample_virtual_features(
         samples (where the covariance is shared: with none) gets no features, and a warning names it.
 
     Raises:
-        InputError: no class can be drawn from.
+        InputError: no class can be drawn from: none has two samples.
 
     Example:
         >>> import torch
@@ -282,11 +284,12 @@ def sample_virtual_features(
         (torch.Size([5, 2]), True)
     """
     checks.integer(n, "n", low=1)
-    least = 1 if statistics.covariance == "shared" else 2
-    drawn = (statistics.counts >= least).nonzero()[:, 0].tolist()
+    known = _degrees_of_freedom(statistics.counts, statistics.covariance).flatten() > 0
+    drawn = ((statistics.counts > 0) & known).nonzero()[:, 0].tolist()
     if not drawn:
-        raise InputError(f"statistics must hold a class with at least {least} sample(s), found none")
+        raise InputError("statistics must hold a class with at least 2 samples, found none")
     if missing := sorted(set(range(statistics.c)) - set(drawn)):
+        least = 1 if statistics.covariance == "shared" else 2
         few = f"fewer than {least} sample(s) of each"
         warnings.warn(f"no virtual features for classes {missing}: {few}", UserWarning, stacklevel=2)
     means, covariances = statistics.means.to(generator.device), statistics.covariances.to(generator.device)

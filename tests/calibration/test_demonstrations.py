@@ -78,6 +78,12 @@ def test_bad_input_is_refused():
         DemonstrationSampler(POOL, LABELS, 2, "nearest")
     with pytest.raises(InputError, match="texts must be a list of strings"):
         DemonstrationSampler("text", LABELS, 2)
+    with pytest.raises(InputError, match="texts must be a list of strings"):
+        DemonstrationSampler(None, LABELS, 2)
+    with pytest.raises(InputError, match="texts must be a list of strings"):
+        DemonstrationSampler(POOL, LABELS, 2)("query")
+    with pytest.raises(InputError, match="start must be at least 0, got -1"):
+        DemonstrationSampler(POOL, LABELS, 2)(["query"], start=-1)
     with pytest.raises(InputError, match="embeddings must have 12 rows, got 3"):
         DemonstrationSampler(POOL, LABELS, 2, "nearest", embeddings=EMBEDDINGS[:3])
     nearest = DemonstrationSampler(POOL, LABELS, 2, "nearest", embeddings=EMBEDDINGS)

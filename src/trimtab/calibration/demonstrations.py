@@ -11,7 +11,7 @@ are the caller's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -67,9 +67,7 @@ class DemonstrationSampler:
         embeddings: Embeddings | None = None,
         seed: int = 0,
     ) -> None:
-        self.texts = np.array(list(texts), dtype=object)
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise InputError("texts must be a list of strings")
+        self.texts = np.array(_strings(texts), dtype=object)
         self.labels = checks.labels(labels, len(self.texts), 2**31).cpu().numpy()
         self.n = checks.integer(n, "n", low=1)
         if n > len(self.texts):
@@ -92,11 +90,13 @@ class DemonstrationSampler:
         Args:
             texts: the queries.
             embeddings: (n, d) of the queries, for ``"nearest"`` alone.
-            start: place of the first query among all, where queries come in parts.
+            start: place of the first query among all, >= 0, where queries come in parts.
 
         Raises:
             InputError: too few examples are left without those that equal the query.
         """
+        texts = _strings(texts)
+        checks.integer(start, "start", low=0)
         similarities = self._similarities(len(texts), embeddings)
         out = []
         for i, text in enumerate(texts):
@@ -135,3 +135,10 @@ class DemonstrationSampler:
                 raise InputError(f"the pool holds {len(members)} examples of class {c} besides the query, not {wanted}")
             drawn.append(random.choice(members, wanted, replace=False))
         return random.permutation(np.concatenate(drawn))
+
+
+def _strings(texts: Sequence[str]) -> list[str]:
+    found = list(texts) if isinstance(texts, Iterable) else [texts]
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in found):
+        raise InputError("texts must be a list of strings")
+    return found

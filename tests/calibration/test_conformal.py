@@ -230,6 +230,8 @@ def test_nine_samples_are_enough_for_a_tenth_and_eight_are_not():
     with pytest.warns(RuntimeWarning, match=r"8 samples are too few for alpha = 0.1, which takes 9: .* every class"):
         full = ConformalSets(alpha=0.1).fit(logits[:8], labels[:8])
     assert full(logits).all()
+    with pytest.warns(RuntimeWarning, match=r"alpha = 9.99989e-321, which takes inf"):
+        ConformalSets(alpha=1e-320).fit(logits, labels)
     absent = labels.clamp(max=1)
     with pytest.warns(
         RuntimeWarning, match=r"0 samples of class 2 are too few for alpha = 0.5, .* such classes \(1 in all\)"

@@ -93,6 +93,8 @@ def test_where_no_threshold_meets_the_risk_it_says_so():
     )
     with pytest.warns(RuntimeWarning, match=message):
         kind = SelectivePrediction().fit(logits, labels)
+    with pytest.warns(RuntimeWarning, match="it takes inf accepted"):
+        SelectivePrediction(1e-320).fit(logits, labels)
     assert not kind(logits).any()
     assert float(kind.coverage) == 0
     assert float(kind.threshold) == torch.inf

@@ -258,7 +258,7 @@ class ConformalSets(Fitted):
         full = self.threshold.isinf()
         if not bool(full.any()):
             return
-        needed = math.ceil(1 / self.alpha - 1 - 1e-9)
+        needed = np.ceil(1 / self.alpha - 1 - 1e-9)
         if self.by_class:
             first = int(full.byte().argmax())
             found, which = (
@@ -267,7 +267,7 @@ class ConformalSets(Fitted):
             )
         else:
             found, which = f"{self.counts.sum():g} samples", "every class"
-        message = f"{found} are too few for alpha = {self.alpha:g}, which takes {needed}: sets always hold {which}"
+        message = f"{found} are too few for alpha = {self.alpha:g}, which takes {needed:g}: sets always hold {which}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 

@@ -144,10 +144,10 @@ class SelectivePrediction(Fitted):
         return self(z.to(self.threshold.device)).cpu().numpy()
 
     def _warn_of_nothing_accepted(self, n: int) -> None:
-        least = math.ceil(math.log(self.delta / self.steps) / math.log1p(-self.risk))
+        least = np.ceil(math.log(self.delta / self.steps) / math.log1p(-self.risk))
         warnings.warn(
             f"no threshold keeps the risk at {self.risk:g} with probability {1 - self.delta:g} on {n} samples: nothing "
-            f"will be accepted; it takes {least} accepted samples without an error, and more with errors",
+            f"will be accepted; it takes {least:g} accepted samples without an error, and more with errors",
             RuntimeWarning,
             stacklevel=3,
         )

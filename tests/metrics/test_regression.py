@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from trimtab import metrics
 from trimtab.core.checks import InputError
+from trimtab.metrics.regression import bin_of
 
 SEEDS = pytest.mark.parametrize("seed", range(3))
 LEVELS = [0.1, 0.5, 0.9]
@@ -155,6 +156,11 @@ def test_no_constant_beats_the_empirical_quantile(seed, level):
     assert loss(best) <= min(loss(c) for c in y) + 1e-12
 
 
+def test_bins_of_equal_mass_are_equal_however_many_samples():
+    samples = torch.bincount(bin_of(torch.arange(1_400_000, dtype=torch.float64), 1000, equal_mass=True))
+    assert samples.unique().tolist() == [1400]
+
+
 @pytest.mark.bad_input
 def test_bad_input_is_refused():
     mean, std, y = forecasts(5)
@@ -174,8 +180,9 @@ def test_bad_input_is_refused():
         if "bins" in settings:
             with pytest.raises(InputError, match="bins must be at least 1, got 0"):
                 kind(**settings | {"bins": 0})
-    with pytest.raises(InputError, match="levels must name at least one probability, got none"):
-        metrics.quantile_calibration_error(mean, std, y, [])
+    for levels in ([], 0.5):
+        with pytest.raises(InputError, match="levels must be a sequence of at least one probability"):
+            metrics.quantile_calibration_error(mean, std, y, levels)
     with pytest.raises(InputError, match=r"levels\[1\] must lie in \(0, 1\), got 1"):
         metrics.PinballLoss([0.5, 1.0])
     with pytest.raises(InputError, match="quantiles must have 2 columns, got 1"):

@@ -5,8 +5,8 @@ class, top-k lists, thresholds on a single class. With many classes most probabi
 
 Kull et al. 2019, arXiv 1910.12656 ("static" or class-wise ECE); Nixon et al. 2019, arXiv 1904.01685. The benchmark
 authors' package averages over max(label) + 1 classes, and so over fewer where the last classes do not occur; here over
-all classes unless `classes` says otherwise. A probability of
-exactly 0, which falls in no bin there, is in the first bin here.
+all classes unless `classes` says otherwise. A probability of exactly 0, which falls in no bin there, is in the first
+bin here.
 """
 
 from __future__ import annotations

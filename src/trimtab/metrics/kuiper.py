@@ -4,8 +4,7 @@ Like `kolmogorov_smirnov_error` it needs no bins and no bandwidth: with the samp
 largest sum of (hit - confidence) over any run of neighbouring samples. Of the two it does not depend on where the run
 begins, so that a model which is too shy below and too sure above is not let off by a cancellation.
 
-Arrieta-Ibarra, Gujral, Tannen, Tygert, Xu 2022, arXiv
-2205.09680. Tied confidences are one step, so that the order of
+Arrieta-Ibarra, Gujral, Tannen, Tygert, Xu 2022, arXiv 2205.09680. Tied confidences are one step, so that the order of
 the rows is irrelevant.
 """
 

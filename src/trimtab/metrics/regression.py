@@ -30,8 +30,8 @@ def vector(value: Any, name: str, n: int | None = None) -> Float[Tensor, " n"]:
 
 def open_levels(levels: Sequence[float]) -> tuple[float, ...]:
     """Probabilities strictly between 0 and 1, at least one."""
-    if len(levels) == 0:
-        raise InputError("levels must name at least one probability, got none")
+    if np.ndim(levels) != 1 or len(levels) == 0:
+        raise InputError(f"levels must be a sequence of at least one probability, got {levels!r}")
     return tuple(
         checks.number(q, f"levels[{i}]", low=0, high=1, low_open=True, high_open=True) for i, q in enumerate(levels)
     )
@@ -71,7 +71,7 @@ def bin_of(spread: Float[Tensor, " n"], bins: int, equal_mass: bool = False) -> 
     With `equal_mass` they hold equally many samples, as far as ties, which stay together, allow.
     """
     if equal_mass:
-        at = (torch.arange(1, bins, device=spread.device) * len(spread) / bins).ceil().long() - 1
+        at = (torch.arange(1, bins, device=spread.device) * len(spread) - 1) // bins
         edges = spread.sort().values[at]
     else:
         steps = torch.arange(1, bins, dtype=spread.dtype, device=spread.device) / bins

@@ -158,6 +158,7 @@ def train(
     optimizer = torch.optim.Adam(adaptor[2:], lr=lr)
     q = features.new_full((len(features), 1), math.e - _OFFSET)
     d = torch.ones_like(q)
+    wide, held_wide = features.double(), held_features.double()
     best: Fit | None = None
     for epoch in track(range(epochs), "SDM"):
         for rows in torch.randperm(len(features), generator=random).to(labels.device).split(batch):
@@ -168,10 +169,10 @@ def train(
             loss.backward()
             optimizer.step()
         weights = adaptor.doubled()
-        support = Support.of(weights, features.double(), labels)
+        support = Support.of(weights, wide, labels)
         if epoch >= warm_up - 1:
-            q, d = (found.to(features) for found in against_itself(weights, support, features.double(), labels))
-        fit = against_support(weights, support, held_features.double(), held_labels)
+            q, d = (found.to(features) for found in against_itself(weights, support, wide, labels))
+        fit = against_support(weights, support, held_wide, held_labels)
         if best is None or fit.score >= best.score:
             best = fit
     assert best is not None

@@ -77,8 +77,8 @@ class SDM(Calibrator):
 
     Attributes:
         thresholds: psi (c,), the least output that counts as support for a class.
-        least_similarity: scalar, below which nothing is admitted: infinite where no region reached alpha.
-        bounded_similarity: the same with the spread over rounds.
+        least_similarity: scalar, from which on all classes reach alpha in the kept round; infinite where there is none.
+        bounded_similarity: the same raised by the spread over rounds: below it nothing is admitted.
         offsets: (c, 20), what the spread takes from the predicted class's output, by whole rescaled similarity.
 
     Example:
@@ -203,16 +203,29 @@ class SDM(Calibrator):
 
     def _fit(self, logits: Tensor, labels: Tensor, weights: Tensor | None, features: Tensor) -> None:
         c = logits.shape[1]
-        self._check(features, labels, weights, c)
-        x = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+        if weights is not None and bool((weights != weights[0]).any()):
+            raise InputError(
+                "weights must be equal where they are not zero: SDM counts neighbours, it has no weighted form"
+            )
+        self._check(features, labels, c)
+        x = features if features.dtype == torch.float64 else features.float()
         random = torch.Generator().manual_seed(self.seed)
-        settings = {"dimension": self.dimension, "epochs": self.epochs, "warm_up": self.warm_up, "batch": self.batch}
         best: adaptor.Fit | None = None
         summaries, kept = [], 0
         for number in track(range(self.rounds), "SDM: rounds"):
             train, held = self._halves(labels, random)
             fit = adaptor.train(
-                x[train], labels[train], x[held], labels[held], c, lr=self.lr, random=random, **settings
+                x[train],
+                labels[train],
+                x[held],
+                labels[held],
+                c,
+                dimension=self.dimension,
+                epochs=self.epochs,
+                warm_up=self.warm_up,
+                lr=self.lr,
+                batch=self.batch,
+                random=random,
             )
             summaries.append((fit.quantiles, fit.similarity, fit.labels, fit.predicted))
             if best is None or fit.score >= best.score:
@@ -262,20 +275,12 @@ class SDM(Calibrator):
         order = order[labels[order].argsort(stable=True)]
         return order[0::2], order[1::2]
 
-    def _check(self, features: Tensor, labels: Tensor, weights: Tensor | None, c: int) -> None:
-        if weights is not None and bool((weights != weights[0]).any()):
-            raise InputError(
-                "weights must be equal where they are not zero: SDM counts neighbours, it has no weighted form"
-            )
-        held = self._held_out
-        if held is None and len(labels) < 4:
-            raise InputError(f"features must have at least 4 rows of weight > 0, two for each half, got {len(labels)}")
-        if held is not None and (int(held.sum()) < 2 or int((~held).sum()) < 2):
-            raise InputError("held_out must leave at least two points of weight > 0 in either part")
-        parts = [torch.bincount(labels, minlength=c) // 2]
-        if held is not None:
-            parts = [torch.bincount(labels[part.to(labels.device)], minlength=c) for part in (held, ~held)]
-        missing = (torch.stack(parts).amin(0) == 0).nonzero()[:, 0].tolist()
+    def _check(self, features: Tensor, labels: Tensor, c: int) -> None:
+        halves = self._halves(labels, torch.Generator().manual_seed(self.seed))
+        if min(len(rows) for rows in halves) < 2:
+            raise InputError("either half must hold at least two points of weight > 0")
+        counts = torch.stack([torch.bincount(labels[rows], minlength=c) for rows in halves])
+        missing = (counts.amin(0) == 0).nonzero()[:, 0].tolist()
         if missing:
             warnings.warn(
                 f"class {missing[0]} is missing from a half of the points: SDM will admit nothing",
@@ -328,8 +333,7 @@ class SDM(Calibrator):
         probs = probs.scatter(1, own, lowered[:, None])
         supported = probs >= self.thresholds
         alone = supported.gather(1, own)[:, 0] & (supported.sum(1) == 1)
-        least = torch.maximum(self.least_similarity, self.bounded_similarity)
-        return Estimate(probs, similarity, alone & (bins > 0) & (similarity >= least))
+        return Estimate(probs, similarity, alone & (bins > 0) & (similarity >= self.bounded_similarity))
 
     def _sample(self, name: str) -> ByClass:
         return ByClass(self.get_buffer(f"{name}_values"), self.get_buffer(f"{name}_starts"))

@@ -151,7 +151,7 @@ def server_app(
         tukey: see `class_statistics`.
         strategy: how models are averaged; by default over all clients, weighted by their samples, in the order of
             their numbers, so that a run can be repeated bit by bit, and ended by any client's failure. Flower's own
-            `FedAvg` goes on without those that fail.
+            `FedAvg` trains on without those that fail; the round of statistics needs all that are connected.
         timeout: seconds to wait for the clients in a round.
 
     Raises:

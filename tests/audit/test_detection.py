@@ -14,6 +14,7 @@ from trimtab.audit import audit_detections
 from trimtab.audit.brief import brief
 from trimtab.audit.detectors import CANDIDATES
 from trimtab.audit.report import detection as report
+from trimtab.audit.result import Curve
 from trimtab.calibration import load
 from trimtab.claims.calibration.detector_calibration import scene
 from trimtab.core.checks import InputError
@@ -132,6 +133,15 @@ def test_a_detector_that_needs_nothing_is_told_so(tmp_path):
     )
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert set(json.loads(page.islands["figures"])) == {"reliability-before", "ranking"}
+
+
+def test_a_gap_that_no_digit_shows_contradicts_no_score(audited):
+    _, _, result = audited
+    n, score, overlap = [20, 20, 20], [0.0001, 0.5, 0.7], [0.0, 0.2, 0.9]
+    curve = Curve([0.0, 0.48, 0.68], [0.04, 0.52, 0.72], n, score, overlap, overlap, overlap)
+    text = report.reading(replace(result, reliability={"before": curve}), "before")
+    assert text.startswith("1 of 3 bins, ")
+    assert text.count("1 of 3 bins, ") == 2
 
 
 def test_few_images_decide_nothing(tmp_path):

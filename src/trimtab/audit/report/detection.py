@@ -162,14 +162,15 @@ def rule(result: DetectionAudit) -> str:
 
 def reading(result: DetectionAudit, when: str) -> str:
     """How many bins contradict their score."""
-    rows = [row for row in zip(*bins(result.reliability[when])) if row[2] >= FEW]
-    total = sum(row[2] for row in rows)
+    rows = [(n, _finding(n, score, low, high)) for _, _, n, score, _, low, high in zip(*bins(result.reliability[when]))]
+    rows = [row for row in rows if row[0] >= FEW]
+    total = sum(n for n, _ in rows)
     text = ""
-    for hits, meaning in (
-        ([row[2] for row in rows if row[6] < row[3]], "below the diagonal: there is less overlap than the score says"),
-        ([row[2] for row in rows if row[5] > row[3]], "above it: there is more overlap than the score says"),
+    for finding, meaning in (
+        ("score too high", "below the diagonal: there is less overlap than the score says"),
+        ("score too low", "above it: there is more overlap than the score says"),
     ):
-        if hits:
+        if hits := [n for n, found in rows if found == finding]:
             held = f"{len(hits)} of {plural(len(rows), 'bin')}, with {percent(sum(hits) / total)} of their boxes"
             text += f"{held}, {'lies' if len(hits) == 1 else 'lie'} clearly {meaning}. "
     text = text or f"All {plural(len(rows), 'bin')} agree with the diagonal within their intervals. "
@@ -266,7 +267,8 @@ def curve(result: DetectionAudit, when: str) -> Table:
 def _finding(n: int, score: float, low: float, high: float) -> str:
     if n < FEW:
         return "too few to tell"
-    return "score too high" if high < score else "score too low" if low > score else "as stated"
+    # no gap that rounds to 0.0 %: where no box overlaps anything, the interval has no width
+    return "score too high" if score - high > 0.0005 else "score too low" if low - score > 0.0005 else "as stated"
 
 
 def pictures(result: DetectionAudit) -> dict[str, Figure]:

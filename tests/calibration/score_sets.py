@@ -33,6 +33,7 @@ def _hard(c):
     return {
         "ordinary": (z, y),
         "class absent": (z, y.clamp(max=max(1, c - 2))),
+        "two rows": (z[:2], torch.tensor([1, 0])),
         "three rows": (z[:3], torch.tensor([0, 1, 1])),
         "constant": (torch.zeros(60, c), y),
         "equal rows": (z[:1].repeat(60, 1), y),
@@ -48,6 +49,7 @@ def _hard(c):
         "tiny": (1e-6 * z, y),
         "columns of all sizes": (z * torch.logspace(-3, 3, c), y),
         "zero weights": (z, y, weights),
+        "zero weights but for two rows": (z, y, (torch.arange(60) < 2).float()),
         "tiny weights": (z, y, 1e-8 * weights),
         "double": (z.double(), y),
         "half": (z.half(), y),

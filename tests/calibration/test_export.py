@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from kinds import fit, fitted, having, on_logits_alone
 from score_sets import generator, overconfident
 from torch import nn
 
 from trimtab import calibration
-from trimtab.calibration import CALIBRATORS, Calibrator, TemperatureScaling
+from trimtab.calibration import Calibrator, TemperatureScaling
 from trimtab.calibration.export import to_onnx
 from trimtab.core.checks import InputError
 
@@ -22,11 +23,11 @@ def run(path, x):
     return out
 
 
-@pytest.mark.parametrize("kind", CALIBRATORS, ids=lambda kind: kind.__name__)
+@on_logits_alone
 @pytest.mark.parametrize("c", [2, 4])
 def test_the_file_says_what_the_calibrator_says(kind, c, tmp_path):
     logits, labels = overconfident(300, c, dtype=torch.float32)
-    calibrator = kind().fit(logits, labels)
+    calibrator = fit(kind, logits, labels)
     to_onnx(None, calibrator, logits[:3], tmp_path / "calibrator.onnx")
     far = 50 * torch.randn(100, c, generator=generator(1))
     for x in (logits, far, logits[:1]):
@@ -94,7 +95,7 @@ def test_whoever_needs_more_than_logits_is_refused(kind, tmp_path):
         to_onnx(None, kind(), torch.zeros(2, 3), tmp_path / "calibrator.onnx")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CALIBRATORS if not kind.needs], ids=lambda kind: kind.__name__)
+@having("tracing")
 @pytest.mark.parametrize("c", [2, 4])
 def test_a_model_and_its_calibrator_under_torch_export(kind, c):
     logits, labels = overconfident(300, c, dtype=torch.float32)
@@ -102,7 +103,7 @@ def test_a_model_and_its_calibrator_under_torch_export(kind, c):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator(2)))
-    chain = nn.Sequential(model, kind().fit(logits, labels)).eval()
+    chain = nn.Sequential(model, fitted(kind, logits, labels)).eval()
     x = 3 * torch.randn(50, 3, generator=generator(1))
     exported = torch.export.export(chain, (x[:7],), dynamic_shapes=({0: torch.export.Dim("n")},)).module()
     for batch in (x, x[:1], x[:7]):

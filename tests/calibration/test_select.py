@@ -1,17 +1,21 @@
 """Ranking by cross-validation, and the choice of the simplest that is as good as the best."""
 
+import itertools
 import math
 import time
 
 import numpy as np
 import pytest
 import torch
+from kinds import FIELDS, fit, quick
 from score_sets import generator, log_loss, overconfident
 
 from trimtab import Predictions
 from trimtab.calibration import (
     CALIBRATORS,
     Calibrator,
+    HCalibration,
+    HistogramBinning,
     IsotonicCalibration,
     MatrixScaling,
     TemperatureScaling,
@@ -19,8 +23,11 @@ from trimtab.calibration import (
     VectorScaling,
     select,
 )
-from trimtab.calibration.select import Score, one_standard_error, rank
+from trimtab.calibration.select import Score, able, one_standard_error, rank
 from trimtab.core.checks import InputError
+from trimtab.core.progress import OutOfTime, limit, track
+
+INSTANT = (Uncalibrated, HistogramBinning, IsotonicCalibration)  # no search, nothing to interrupt
 
 
 class Refuses(Calibrator):
@@ -78,14 +85,88 @@ def test_weights_count_in_fitting_and_in_judging(predictions):
     np.testing.assert_allclose(score.fold_losses, expected, rtol=1e-12)
 
 
-def test_every_calibrator_is_ranked_best_first(predictions):
+@pytest.fixture
+def quickly(monkeypatch):
+    """The calibrators of the stage, with little training."""
+    kinds = tuple(quick(kind) for kind in CALIBRATORS)
+    monkeypatch.setattr(select, "CALIBRATORS", kinds)
+    return kinds
+
+
+def test_every_calibrator_is_ranked_best_first(predictions, quickly):
     scores = rank(predictions)
-    assert {score.calibrator for score in scores} == set(CALIBRATORS)
+    assert {score.calibrator for score in scores} == {kind for kind in quickly if not kind.needs}
     losses = [score.log_loss for score in scores]
     assert losses == sorted(losses)
-    assert scores[-1].calibrator is Uncalibrated
+    assert not any(score.failed for score in scores)
     again = rank(predictions)
     assert [(s.calibrator, s.fold_losses) for s in again] == [(s.calibrator, s.fold_losses) for s in scores]
+
+
+@pytest.mark.filterwarnings("ignore:SDM found no region")
+def test_what_predictions_hold_decides_who_is_ranked(predictions, quickly):
+    held = {name: make(predictions.logits) for name, make in FIELDS.items()}
+    for names in ((), ("features",), ("views",), ("features", "views")):
+        some = Predictions(predictions.logits, predictions.labels, **{name: held[name] for name in names})
+        assert able(some) == [kind for kind in quickly if kind.needs <= set(names)]
+    scores = rank(some, folds=2)
+    assert {score.calibrator for score in scores} == set(quickly)
+    assert not any(score.failed for score in scores)
+
+
+class Endless(Calibrator):
+    """One whose training ends when the clock does."""
+
+    def _fit(self, logits, labels, weights):
+        for _ in track(itertools.count(), "endless", total=1):
+            pass
+
+
+def clock(monkeypatch):
+    """Every look at the time takes a second of it."""
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(seconds)))
+
+
+def test_who_is_not_through_in_time_has_failed(predictions, monkeypatch):
+    clock(monkeypatch)
+    scores = rank(predictions, [Uncalibrated, Endless, TemperatureScaling], folds=3, max_seconds=100)
+    assert [score.calibrator for score in scores] == [Uncalibrated, Endless, TemperatureScaling]
+    assert scores[0].failed is None
+    for score in scores[1:]:
+        assert score.failed == "not fitted within the 100 s that all calibrators had together"
+        assert score.fold_losses == ()
+    assert one_standard_error(scores).calibrator is Uncalibrated
+
+
+@pytest.mark.parametrize("first", [TemperatureScaling, VectorScaling, quick(HCalibration)])
+def test_the_first_gets_the_time_that_it_takes(predictions, monkeypatch, first):
+    unlimited = rank(predictions, [first], folds=3)
+    clock(monkeypatch)
+    scores = rank(predictions, [first, MatrixScaling, Uncalibrated], folds=3, max_seconds=0)
+    assert scores[0].calibrator is first
+    assert scores[0].fold_losses == unlimited[0].fold_losses
+    assert all("not fitted within the 0 s" in score.failed for score in scores[1:])
+
+
+def test_time_enough_changes_nothing(predictions):
+    kinds = [Uncalibrated, TemperatureScaling, VectorScaling]
+    losses = [score.fold_losses for score in rank(predictions, kinds, max_seconds=1e6)]
+    assert losses == [score.fold_losses for score in rank(predictions, kinds)]
+
+
+def test_time_that_the_caller_has_no_more_of_stops_the_ranking(predictions):
+    with limit(-1), pytest.raises(OutOfTime):
+        rank(predictions, [Uncalibrated])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CALIBRATORS if kind not in INSTANT], ids=lambda kind: kind.__name__)
+@pytest.mark.filterwarnings("ignore:SDM found no region")
+def test_every_fit_that_searches_keeps_the_time(kind):
+    logits, labels = overconfident(100, 3)
+    with limit(-1), pytest.raises(OutOfTime):
+        fit(kind, logits, labels)
+    fit(kind, logits, labels)
 
 
 def test_a_calibrator_that_raises_is_recorded_and_comes_last(predictions):

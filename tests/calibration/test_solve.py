@@ -1,5 +1,8 @@
 """The two solvers against SciPy, on smooth convex problems that are easy to state."""
 
+import itertools
+import time
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from score_sets import generator
 
 from trimtab.calibration.solve import lbfgs, newton
+from trimtab.core.progress import OutOfTime, limit
 
 
 def quadratics(a, b):
@@ -99,3 +103,36 @@ def test_lbfgs_says_when_it_did_not_converge():
         lbfgs(
             lambda x: (x @ a @ x / 2 - b[0] @ x, a @ x - b[0]), torch.zeros(6).double(), a.diagonal(), max_iterations=2
         )
+
+
+def test_both_stop_when_the_time_is_up():
+    steps = []
+
+    def flat_quartic(x):
+        steps.append(x)
+        return (x**4).sum(-1), 4 * x**3, torch.diag_embed(12 * x**2)
+
+    start = torch.full((1, 2), 1e3).double()
+    with limit(-1):
+        with pytest.raises(OutOfTime):
+            newton(flat_quartic, start)
+        assert len(steps) == 1
+        with pytest.raises(OutOfTime):
+            lbfgs(lambda x: flat_quartic(x)[:2], start[0], torch.ones(2).double())
+    assert len(steps) < 10
+    with limit(1e6):
+        assert newton(flat_quartic, start).abs().max() < 1
+
+
+def test_time_that_ends_on_the_way_ends_the_search(monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(seconds)))
+    steps = []
+
+    def quartic(x):
+        steps.append(x)
+        return (x**4).sum(1), 4 * x**3, torch.diag_embed(12 * x**2)
+
+    with limit(5), pytest.raises(OutOfTime):
+        newton(quartic, torch.full((1, 2), 1e3).double())
+    assert len(steps) == 6

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trimtab.core.progress import in_time
+
 BOUNDS = (1e-2, 1e2)
 _BLOCK_ELEMENTS = 1 << 17
 _SUBSAMPLE = 2000
@@ -64,6 +66,7 @@ def _minimise(
     low, high = 0.0, math.inf
     mass = len(labels) if weights is None else float(weights.sum(dtype=torch.float64))
     for _ in range(max_passes):
+        in_time()
         slope, curvature = _derivatives(logits, labels, weights, s)
         if slope > 0:
             high = s

@@ -282,6 +282,19 @@ def test_separable_hits_stay_finite():
     assert calibrator(scores, label).round().tolist() == [1, 1, 1, 0, 0, 0]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["platt", "temperature"])
+def test_scores_that_say_the_opposite_are_flattened(kind):
+    image, label = torch.arange(6), torch.zeros(6, dtype=torch.int64)
+    boxes = torch.tensor([[0.0, 0, 10, 10]]).repeat(6, 1).double()
+    truth = GroundTruth(image[3:], label[3:], boxes[3:], torch.zeros(3, dtype=torch.bool), range(6), "a")
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.3, 0.2, 0.1], dtype=torch.float64)
+    found = Detections(image, label, boxes, scores, 6, 1)
+    for loss in ("bce", "qfl"):
+        calibrator = DetectionCalibrator(kind, target="tp", thresholds=0.0, loss=loss).fit(truth, found)
+        assert 0 <= float(calibrator.maps[0, 0]) <= 0.0101
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("arguments", "message"),

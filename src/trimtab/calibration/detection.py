@@ -329,7 +329,8 @@ def _grid(z: Tensor, target: Tensor, shifted: bool, loss: Loss, *, refine: bool)
     The quality focal loss has kinks, so that only a search without derivatives ends where it should.
     """
     steps = 26 if refine else 100
-    axes = [torch.linspace(0, 10, steps, dtype=z.dtype)]
+    flattest = 0.0 if shifted else _FLATTEST
+    axes = [torch.linspace(flattest, 10, steps, dtype=z.dtype)]
     axes += [torch.linspace(-5, 5, steps, dtype=z.dtype) if shifted else torch.zeros(1, dtype=z.dtype)]
     points = torch.cartesian_prod(*axes).to(z.device)
     blocks = torch.split(points, max(1, _BLOCK_ELEMENTS // len(z)))
@@ -341,7 +342,7 @@ def _grid(z: Tensor, target: Tensor, shifted: bool, loss: Loss, *, refine: bool)
     def value(u: np.ndarray) -> float:
         return float(_losses(float(u[0]) * z + (float(u[1]) if shifted else 0.0), target, loss))
 
-    bounds = [(0.0 if shifted else _FLATTEST, None), (None, None)][:free]
+    bounds = [(flattest, None), (None, None)][:free]
     found = minimize(value, best[:free].cpu().numpy(), method="Nelder-Mead", bounds=bounds).x
     return torch.tensor([found[0], found[1] if shifted else 0.0], dtype=z.dtype)
 

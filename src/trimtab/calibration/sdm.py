@@ -210,23 +210,12 @@ class SDM(Calibrator):
         self._check(features, labels, c)
         x = features if features.dtype == torch.float64 else features.float()
         random = torch.Generator().manual_seed(self.seed)
+        settings = {name: getattr(self, name) for name in ("dimension", "epochs", "warm_up", "lr", "batch")}
         best: adaptor.Fit | None = None
         summaries, kept = [], 0
         for number in track(range(self.rounds), "SDM: rounds"):
             train, held = self._halves(labels, random)
-            fit = adaptor.train(
-                x[train],
-                labels[train],
-                x[held],
-                labels[held],
-                c,
-                dimension=self.dimension,
-                epochs=self.epochs,
-                warm_up=self.warm_up,
-                lr=self.lr,
-                batch=self.batch,
-                random=random,
-            )
+            fit = adaptor.train(x[train], labels[train], x[held], labels[held], c, random=random, **settings)
             summaries.append((fit.quantiles, fit.similarity, fit.labels, fit.predicted))
             if best is None or fit.score >= best.score:
                 best, kept = fit, number

@@ -67,9 +67,9 @@ class BoxMetric(Metric):
         state = {
             **dict(zip(_FOUND, self._columns(preds, "preds", _FOUND))),
             **dict(zip(_THERE, self._columns(target, "target", ("boxes", "labels", "iscrowd")))),
-            "found": torch.tensor([len(image["boxes"]) for image in preds]),
-            "there": torch.tensor([len(image["boxes"]) for image in target]),
         }
+        for name, images in (("found", preds), ("there", target)):
+            state[name] = torch.tensor([len(image["boxes"]) for image in images], device=state["boxes"].device)
         self._pair(state)
         for name, value in state.items():
             getattr(self, name).append(value)
@@ -109,7 +109,7 @@ class BoxMetric(Metric):
             state[name] for name in (*_FOUND, "found", *_THERE, "there")
         )
         images = torch.arange(len(found), device=boxes.device)
-        image, true_image = (torch.repeat_interleave(images, n.to(boxes.device)) for n in (found, there))
+        image, true_image = (torch.repeat_interleave(images, n) for n in (found, there))
         truth = GroundTruth(true_image, true_labels, true_boxes, crowd, range(len(images)), range(self.num_classes))
         return truth, Detections(image, labels, boxes, scores, len(images), self.num_classes)
 

@@ -1,6 +1,7 @@
 """What the documentation takes from elsewhere: the catalogue, the published claims, the command line, the drawings."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Fill the places that pages leave open: ``<!-- name -->``."""
-    for name, filler in {"journey": journey, "claims": claims, "commands": commands, "methods": methods}.items():
+    fillers = (journey, claims, commands, methods, choosing_log_loss, choosing_ece, choosing_seconds, peers)
+    for name, filler in {filler.__name__: filler for filler in fillers}.items():
         if f"<!-- {name} -->" in markdown:
             markdown = markdown.replace(f"<!-- {name} -->", filler())
     return markdown
@@ -76,6 +78,68 @@ def methods(folder="methods/"):
         symbols = ", ".join(f"`{symbol}`" for symbol in method.symbols)
         rows.append(f"| [{symbols}]({folder}{method.slug}.md) | {method.summary} | {result['verdict']} |")
     return "\n".join(rows)
+
+
+def choosing(measure, form):
+    """One measure of every calibrator on every score set, the mean over folds; the best of each set in bold."""
+    found = json.loads((ROOT / "benchmarks/results/choosing.json").read_text(encoding="utf-8"))
+    values = {}
+    for key, cell in found["cells"].items():
+        name, calibrator, _ = key.split(" | ")
+        values.setdefault(calibrator, {}).setdefault(name, []).append(cell.get(measure))
+    sets = list(found["sets"])
+    rows = [f"| calibrator | {' | '.join(sets)} |", "|---|" + "---:|" * len(sets)]
+    means = {
+        calibrator: {name: sum(cells) / len(cells) for name, cells in of_set.items() if None not in cells}
+        for calibrator, of_set in values.items()
+    }
+    best = {name: min(of[name] for kind, of in means.items() if name in of and kind != "chosen") for name in sets}
+    for calibrator in sorted(means, key=lambda kind: kind == "chosen"):
+        cells = []
+        for name in sets:
+            value = means[calibrator].get(name)
+            text = "–" if value is None else form(value)
+            cells.append(f"**{text}**" if value == best[name] and measure != "seconds" else text)
+        label = "*chosen by `rank`*" if calibrator == "chosen" else f"`{calibrator}`"
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def choosing_log_loss():
+    """Log loss of every calibrator on every score set."""
+    return choosing("log_loss", "{:.3f}".format)
+
+
+def choosing_ece():
+    """Calibration error of every calibrator on every score set, in per cent."""
+    return choosing("ece", lambda value: f"{100 * value:.1f}")
+
+
+def choosing_seconds():
+    """How long the fits took."""
+    return choosing("seconds", "{:.2g}".format)
+
+
+def peers():
+    """Every calibrator beside the packages that have it too: a table for each size."""
+    found = json.loads((ROOT / "benchmarks/results/peers.json").read_text(encoding="utf-8"))
+    lines = []
+    for size in dict.fromkeys(row["size"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["size"] == size]
+        lines += ["", f"**{size.replace('x', ' x ')}**", ""]
+        lines += ["| calibrator | package | fit | of ours | held-out log loss | peak memory |", "|---|---|---:|---:|---:|---:|"]
+        for row in rows:
+            ours = next(r for r in rows if r["family"] == row["family"] and r["contestant"] == "trimtab")
+            start = f"| {row['family']} | {row['contestant']} |"
+            if "failed" in row:
+                lines.append(f"{start} {row['failed'].partition(':')[0]} | | | |")
+                continue
+            ratio = f"{row['seconds'] / ours['seconds']:.1f}x" if "seconds" in ours else ""
+            lines.append(
+                f"{start} {row['seconds']:.3g} s | {ratio} | {row['log_loss']:.4f} | {row['peak_mib']:.0f} MiB |"
+            )
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return "\n".join([*lines, "", f"One thread; {versions}."])
 
 
 def claims():

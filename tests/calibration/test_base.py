@@ -209,6 +209,20 @@ def test_hard_calibration_sets(kind, case):
         assert torch.allclose(probs.sum(1), torch.ones(len(x), dtype=probs.dtype), atol=2e-3 if x is logits else 1e-5)
 
 
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_hard_questions_after_an_ordinary_fit(kind, dtype):
+    calibrator = fitted(kind, *overconfident(100, 4, dtype=dtype))
+    z = overconfident(10, 4, seed=1)[0]
+    for x in (1e4 * z.sign(), 6e3 * z, 0 * z, 0 * z + 1e4, z[:1].expand(10, 4), z[:1], 1e-7 * z):
+        x = x.to(dtype)
+        log_probs = calibrator(x)
+        assert not log_probs.isnan().any()
+        assert dtype == torch.float16 or torch.isfinite(log_probs).all()  # which ends at -65504
+        sums = calibrator.predict_proba(x).double().sum(1)
+        assert torch.allclose(sums, torch.ones_like(sums), atol=2e-3 if dtype == torch.float16 else 1e-5)
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -234,6 +234,29 @@ def test_hard_calibration_sets(case, arguments):
     assert torch.allclose(probs.float().sum(1), torch.ones(len(logits)), atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda v: torch.zeros_like(v),
+        lambda v: v[:1].expand_as(v),
+        lambda v: v[:, :1].expand_as(v),
+        lambda v: v[:, :1],
+        lambda v: 1e4 * v.sign(),
+        lambda v: 1e300 * v.sign(),
+    ],
+    ids=["constant", "equal rows", "equal copies", "one copy", "saturated", "too large for single precision"],
+)
+def test_hard_views(made, dtype):
+    logits, labels, views = seen(60)
+    logits, views = logits.to(dtype), made(views.double())
+    calibrator = CorrectnessAware(epochs=5).fit(logits, labels, views=views)
+    for x in (logits, 1e4 * logits.sign()):
+        p = calibrator.predict_proba(x, views=views)
+        assert torch.isfinite(calibrator(x, views=views)).all()
+        torch.testing.assert_close(p.double().sum(1), torch.ones(60).double(), atol=2e-3, rtol=0)
+
+
 @pytest.mark.parametrize("balance", [False, True])
 def test_weights_count_as_copies(balance):
     """In one batch, where the order of the samples does not matter."""

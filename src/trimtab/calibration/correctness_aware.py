@@ -167,7 +167,7 @@ class CorrectnessAware(Calibrator):
             InputError: the calibrator is not fitted, or was fitted to another number of views.
         """
         self._must_be_fitted()
-        features = version_features(logits, views, self.k)
+        features = version_features(logits, views, self.k).to(logits.dtype)
         if features.shape[1] != self.embed.shape[1] - 1:
             fitted = (self.embed.shape[1] - 1) // min(self.k, logits.shape[1])
             raise InputError(f"views must hold {fitted} copies as in fit, got {views.shape[1]}")
@@ -177,7 +177,7 @@ class CorrectnessAware(Calibrator):
     def _fit(self, logits: Tensor, labels: Tensor, weights: Tensor | None, views: Tensor) -> None:
         # only differences of logits count, and these centred ones are small enough to be divided by any temperature
         z = logits - logits.amax(1, keepdim=True)
-        features = version_features(logits, views.to(logits.dtype), self.k)
+        features = version_features(logits, _widened(views, logits), self.k).to(logits.dtype)
         shares = torch.ones_like(z[:, 0]) if weights is None else (weights / weights.mean()).to(z.dtype)
         random = torch.Generator().manual_seed(self.seed)
         embed = _uniform((self.hidden, features.shape[1] + 1), features.shape[1], random)
@@ -201,8 +201,13 @@ class CorrectnessAware(Calibrator):
         return _balanced(right, shares) * errors if self.balance else errors
 
     def _log_probs(self, logits: Tensor, views: Tensor) -> Tensor:
-        temperature = self.temperature(logits, views.to(logits.dtype))
+        temperature = self.temperature(logits, _widened(views, logits))
         return (logits / temperature[:, None]).log_softmax(-1)
+
+
+def _widened(views: Tensor, logits: Tensor) -> Tensor:
+    """Not narrowed: a large logit in double precision is infinite in single."""
+    return views.to(torch.promote_types(views.dtype, logits.dtype))
 
 
 def _temperature(features: Tensor, embed: Tensor, out: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def test_isotonic_maps_are_scikit_learns():
         np.testing.assert_allclose(at_knots.numpy(), fitted.y_thresholds_, atol=1e-12)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.integers(0, 1000), st.sampled_from(["platt", "temperature"]), st.sampled_from(["bce", "qfl"]))
 def test_no_other_parameters_lose_less(seed, kind, loss):
     truth, detections = validation(seed, images=30)

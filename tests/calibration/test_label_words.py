@@ -232,7 +232,7 @@ def test_a_model_that_learns_in_context_is_better_asked_eight_times():
         return [f"w{other} k{key}" for other, key in zip(others.tolist(), keys.tolist())]
 
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(300):
+    for _ in range(200):
         keys = torch.randint(2, (64, 4), generator=generator)
         labels = keys ^ torch.randint(2, (64, 1), generator=generator)
         episodes = [texts(row) for row in keys]

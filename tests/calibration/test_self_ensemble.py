@@ -173,7 +173,6 @@ def test_the_wrapper_asks_once_a_variation_and_merges_alike(strategy, as_numpy):
 
 @pytest.mark.parametrize(("strategy", "most"), [("mean", 2), ("max", 2), ("majority", 30)])
 def test_mean_and_max_do_not_hold_all_voters(strategy, most):
-    import gc
     import weakref
 
     alive, peak = weakref.WeakSet(), 0
@@ -182,7 +181,6 @@ def test_mean_and_max_do_not_hold_all_voters(strategy, most):
         nonlocal peak
         answer = voters(variation, v=1)[0]
         alive.add(answer)
-        gc.collect()
         peak = max(peak, len(alive))
         return answer
 

@@ -212,16 +212,22 @@ def test_weights_are_copies(seed, n):
 
 @quiet
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("by_class", [False, True])
 @pytest.mark.parametrize("case", HARD, ids=[name for name, *_ in HARD])
-def test_hard_sets(score, case):
+def test_hard_sets(score, by_class, case):
     _, logits, labels, *weights = case
     weights = weights[0] if weights else None
-    kind = ConformalSets(score, 0.2).fit(logits, labels, weights=weights)
+    kind = ConformalSets(score, 0.2, by_class=by_class).fit(logits, labels, weights=weights)
     sets = kind(logits)
     assert sets.dtype == torch.bool
     assert not kind.threshold.isnan().any()
     if score != "raps" and weights is None:
         assert sets.gather(1, labels[:, None]).double().mean() >= 0.8
+    few = kind.threshold.isinf()
+    assert torch.equal(few, (kind.counts if by_class else kind.counts.sum().expand_as(few)) < 4)
+    for x in (1e4 * logits.sign(), 0 * logits, 100 * logits):
+        assert kind(x)[:, few].all()
+        assert not kind._scores(x, kind.rank_penalty, None).isnan().any()
 
 
 def test_nine_samples_are_enough_for_a_tenth_and_eight_are_not():

@@ -111,6 +111,11 @@ def test_hard_sets(case):
     mask = kind(logits)
     assert mask.dtype == torch.bool
     assert float(kind.coverage) == pytest.approx(float(mask.double().mean()))
+    assert not kind.threshold.isnan()
+    assert kind.bound.isnan() == (kind.coverage == 0)
+    everything = kind.threshold == -torch.inf
+    for x in (1e4 * logits.sign(), 0 * logits, 100 * logits):
+        assert kind(x).all() or not everything
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

@@ -127,7 +127,8 @@ def peers():
     for size in dict.fromkeys(row["size"] for row in found["rows"]):
         rows = [row for row in found["rows"] if row["size"] == size]
         lines += ["", f"**{size.replace('x', ' x ')}**", ""]
-        lines += ["| calibrator | package | fit | of ours | held-out log loss | peak memory |", "|---|---|---:|---:|---:|---:|"]
+        lines += ["| calibrator | package | fit | of ours | held-out log loss | peak memory |"]
+        lines += ["|---|---|---:|---:|---:|---:|"]
         for row in rows:
             ours = next(r for r in rows if r["family"] == row["family"] and r["contestant"] == "trimtab")
             start = f"| {row['family']} | {row['contestant']} |"

@@ -127,9 +127,16 @@ def test_a_loader_gives_what_the_whole_gives(kind):
     assert same(found, class_statistics(x.relu(), y, 3, covariance=kind, tukey=0.5))
 
 
+def filled(model):
+    """The same weight everywhere, where skip_init leaves whatever was in the memory."""
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.1)
+    return model
+
+
 def test_a_chosen_layer():
     linear = [nn.utils.skip_init(nn.Linear, 2, 3), nn.utils.skip_init(nn.Linear, 3, 2)]
-    model = nn.Sequential(*linear)
+    model = filled(nn.Sequential(*linear))
     batches = [(torch.eye(2), torch.tensor([0, 2]))]
     assert torch.equal(collect_class_statistics(model, batches, layer="0").means[[0, 2]], torch.eye(2).double())
     with pytest.raises(InputError, match=r"layer must name an nn.Linear"):
@@ -140,7 +147,7 @@ def test_a_chosen_layer():
 
 @pytest.mark.bad_input
 def test_loaders_that_say_nothing():
-    model, bad = nn.utils.skip_init(nn.Linear, 2, 2), torch.tensor([[0.0, 0.0], [torch.nan, 0.0]])
+    model, bad = filled(nn.utils.skip_init(nn.Linear, 2, 2)), torch.tensor([[0.0, 0.0], [torch.nan, 0.0]])
     with pytest.raises(InputError, match="at least one batch"):
         collect_class_statistics(model, [])
     with pytest.raises(InputError, match="batch 0: loader must yield labels"):

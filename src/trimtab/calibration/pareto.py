@@ -210,7 +210,7 @@ class ParetoSelfSupervision(Fitted):
             return log_probs(self.network(X))
         return log_probs(harmonizer.layers(self.flat.to(X.dtype), self.sizes, X))
 
-    def predict_proba(self, X: Matrix) -> Matrix:
+    def predict_proba(self, X: Matrix) -> Float[Tensor, "n c"] | Float[np.ndarray, "n c"]:
         """Probabilities of the classes (n, C): a tensor for a tensor, else a NumPy array."""
         self._must_be_fitted()
         x = _features(X)

@@ -189,7 +189,7 @@ class Reasked(NamedTuple):
 
 
 def reask(
-    inputs: Sequence[Any],
+    inputs: Sequence[Any] | Tensor | np.ndarray,
     answers: Labels,
     risk: Scores,
     ask: Callable[[Question], int | None],

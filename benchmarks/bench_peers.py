@@ -1,9 +1,9 @@
 """Every calibrator that netcal, probmetrics, scikit-learn or uncertainty-calibration also has, beside them.
 
-Each contestant is fitted in a process of its own, on the same scores, under a time limit; the held-out log loss is on
-as many other rows, with probabilities below 1e-7 counted as 1e-7. A fit is timed after one on other, smaller scores,
-so that compilation and first calls do not count. Peak memory is what the process took at most, above what the scores
-and the imports take.
+Each contestant is fitted in a process of its own, on the same log-probabilities (or the probabilities, where it wants
+those), under a time limit; the held-out log loss is on as many other rows, with probabilities below 1e-7 counted as
+1e-7. A fit is timed after one on other, smaller scores, so that compilation and first calls do not count. Peak memory
+is what the process took at most, above what the scores and the imports take.
 
     python -m benchmarks.bench_peers [--families vector ...] [--sizes 5000x10 ...] [--limit 300] [--write FILE.json]
 """
@@ -69,8 +69,8 @@ def netcal(module: str, name: str, **options: Any) -> Fit:
 
     def fit(logits: Tensor, labels: Tensor) -> Predict:
         fitted = getattr(import_module(f"netcal.{module}"), name)(**options)
-        fitted.fit(logits.softmax(1).numpy(), labels.numpy())
-        return lambda x: fitted.transform(x.softmax(1).numpy())
+        fitted.fit(logits.double().softmax(1).numpy(), labels.numpy())  # single precision leaves netcal unfitted
+        return lambda x: fitted.transform(x.double().softmax(1).numpy())
 
     return fit
 
@@ -107,10 +107,10 @@ def uncertainty(name: str, bins: int = 15) -> Fit:
         import calibration
 
         fitted = getattr(calibration, name)(len(labels), num_bins=bins)
-        fitted.train_calibration(logits.softmax(1).numpy(), labels.numpy())
+        fitted.train_calibration(logits.double().softmax(1).numpy(), labels.numpy())
 
         def predict(x: Tensor) -> np.ndarray:
-            p = fitted.calibrate(x.softmax(1).numpy())
+            p = fitted.calibrate(x.double().softmax(1).numpy())
             return p / p.sum(1, keepdims=True)
 
         return predict
@@ -132,6 +132,7 @@ FAMILIES: dict[str, dict[str, Callable[[], Fit]]] = {
     "vector": {
         "trimtab": lambda: trimtab("VectorScaling"),
         "probmetrics": lambda: probmetrics_class("logistic", "VectorScalingCalibrator"),
+        "netcal": lambda: netcal("scaling", "LogisticCalibration"),
         "probmetrics SVS": lambda: probmetrics_named("svs"),
         "probmetrics SVS, SAGA": lambda: probmetrics_named("svs", svs_opt="saga"),
     },
@@ -140,12 +141,10 @@ FAMILIES: dict[str, dict[str, Callable[[], Fit]]] = {
         "probmetrics": lambda: probmetrics_class("logistic", "MatrixScalingCalibrator"),
         "probmetrics SMS": lambda: probmetrics_named("sms"),
         "probmetrics SMS, SAGA": lambda: probmetrics_named("sms", sms_opt="saga"),
-        "netcal": lambda: netcal("scaling", "LogisticCalibrationDependent"),
     },
     "Platt": {
         "trimtab": lambda: trimtab("PlattScaling"),
         "scikit-learn": lambda: scikit_learn("sigmoid"),
-        "netcal": lambda: netcal("scaling", "LogisticCalibration"),
         "uncertainty-calibration": lambda: uncertainty("PlattBinnerMarginalCalibrator"),
     },
     "beta": {
@@ -182,6 +181,7 @@ def one(family: str, name: str, size: str, limit: float) -> dict[str, Any]:
     """What one contestant takes; run in a process of its own."""
     n, c = (int(part) for part in size.split("x"))
     logits, labels = scores(2 * n, c, torch.float32)
+    logits = logits.log_softmax(1)
     fit = FAMILIES[family][name]()
     start = time.perf_counter()
     small, small_labels = scores(200, 5, torch.float32)

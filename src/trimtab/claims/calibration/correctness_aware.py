@@ -100,15 +100,16 @@ CLAIM = Claim(
         Expectation("ece(ca balanced, in)", at_least=0.1),
     ),
     seeds=tuple(range(100, 110)),
-    budget=600,
+    budget=120,
     reported={
         "setting": "ImageNet-val, -A, -R, -S, ObjectNet, CIFAR-10.1-like sets",
         "result": "competitive or better calibration error and AUROC than temperature scaling, ETS, isotonic, splines",
     },
     notes=(
         "Blur and less contrast stand for greyscale and colour jitter, as the images have one channel.",
-        "Undecided: on seed 100 the network's temperatures rank noisy images worse than one "
-        "temperature does (AUROC 0.73 against 0.78), on the other four better by 0.02 to 0.05.",
+        "Undecided after five seeds and, as then five more were run, after ten: on six the network's temperatures rank "
+        "noisy images better than one temperature does (AUROC by 0.02 to 0.05), on three slightly worse, and on seed 100 "
+        "worse by 0.06.",
         "Not claimed: a lower calibration error on shifted images, and a better AUROC on turned ones.",
     ),
 )

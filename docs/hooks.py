@@ -80,6 +80,19 @@ def methods(folder="methods/"):
     return "\n".join(rows)
 
 
+SHORT = {
+    "breast cancer, SVM margins": "SVM margins",
+    "digits, naive Bayes": "naive Bayes",
+    "digits, random forest": "forest",
+    "CIFAR-10, ResNet-20": "ResNet-20",
+    "CIFAR-10, ResNet-56": "ResNet-56",
+    "CIFAR-10 in fog, ResNet-20": "in fog",
+    "Fashion-MNIST, perceptron": "Fashion",
+    "Shakespeare, next character": "characters",
+    "Shakespeare, next word": "words",
+}
+
+
 def choosing(measure, form):
     """One measure of every calibrator on every score set, the mean over folds; the best of each set in bold."""
     found = json.loads((ROOT / "benchmarks/results/choosing.json").read_text(encoding="utf-8"))
@@ -88,7 +101,7 @@ def choosing(measure, form):
         name, calibrator, _ = key.split(" | ")
         values.setdefault(calibrator, {}).setdefault(name, []).append(cell.get(measure))
     sets = list(found["sets"])
-    rows = [f"| calibrator | {' | '.join(sets)} |", "|---|" + "---:|" * len(sets)]
+    rows = [f"| calibrator | {' | '.join(SHORT[name] for name in sets)} |", "|---|" + "---:|" * len(sets)]
     means = {
         calibrator: {name: sum(cells) / len(cells) for name, cells in of_set.items() if None not in cells}
         for calibrator, of_set in values.items()
@@ -117,7 +130,7 @@ def choosing_ece():
 
 def choosing_seconds():
     """How long the fits took."""
-    return choosing("seconds", "{:.2g}".format)
+    return choosing("seconds", lambda value: "< 0.01" if value < 0.01 else f"{value:.2g}")
 
 
 def peers():
@@ -136,9 +149,8 @@ def peers():
                 lines.append(f"{start} {row['failed'].partition(':')[0]} | | | |")
                 continue
             ratio = f"{row['seconds'] / ours['seconds']:.1f}x" if "seconds" in ours else ""
-            lines.append(
-                f"{start} {row['seconds']:.3g} s | {ratio} | {row['log_loss']:.4f} | {row['peak_mib']:.0f} MiB |"
-            )
+            memory = f"{row['peak_mib']:.0f}&nbsp;MiB"
+            lines.append(f"{start} {row['seconds']:.2g}&nbsp;s | {ratio} | {row['log_loss']:.4f} | {memory} |")
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return "\n".join([*lines, "", f"One thread; {versions}."])
 

@@ -8,7 +8,6 @@ from trimtab.calibration.class_statistics import (
     class_statistics,
     collect_class_statistics,
     merge_class_statistics,
-    sample_virtual_features,
 )
 from trimtab.calibration.conformal import ConformalSets
 from trimtab.calibration.correctness_aware import CorrectnessAware, CorrectnessAwareLoss, version_features
@@ -31,6 +30,7 @@ from trimtab.calibration.self_ensemble import SelfEnsemble, batch_calibration, s
 from trimtab.calibration.temperature import TemperatureScaling
 from trimtab.calibration.uncalibrated import Uncalibrated
 from trimtab.calibration.vector import VectorScaling
+from trimtab.calibration.virtual_features import sample_virtual_features
 
 # from the simplest to the most flexible: the order in which the one-standard-error rule prefers them
 CALIBRATORS: tuple[type[Calibrator], ...] = (

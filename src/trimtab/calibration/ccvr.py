@@ -25,12 +25,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trimtab.calibration.class_statistics import (
-    ClassStatistics,
-    classifier,
-    merge_class_statistics,
-    sample_virtual_features,
-)
+from trimtab.calibration.class_statistics import ClassStatistics, classifier, merge_class_statistics
+from trimtab.calibration.virtual_features import sample_virtual_features
 from trimtab.core import checks, progress
 from trimtab.core.checks import InputError
 

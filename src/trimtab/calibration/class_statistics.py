@@ -16,7 +16,6 @@ indefinite.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -83,7 +82,7 @@ class ClassStatistics:
             raise InputError(f"{self.covariance} covariances must have shape {shape}, got {tuple(covariances.shape)}")
         means, covariances = means.double(), covariances.double()
         means = checks.finite(means.where(counts[:, None] > 0, torch.zeros_like(means)), "means")
-        dof = _degrees_of_freedom(counts, self.covariance)
+        dof = degrees_of_freedom(counts, self.covariance)
         covariances = checks.finite(covariances.where(dof > 0, torch.zeros_like(covariances)), "covariances")
         if self.covariance != "diagonal":
             scale = float(covariances.abs().max())
@@ -249,62 +248,11 @@ def merge_class_statistics(statistics: Sequence[ClassStatistics]) -> ClassStatis
         sums.means += part.counts[:, None] * part.means
     sums.means /= sums.counts.clamp(min=1)[:, None]
     for part in parts:
-        sums.scatter += _degrees_of_freedom(part.counts, part.covariance) * part.covariances
+        sums.scatter += degrees_of_freedom(part.counts, part.covariance) * part.covariances
         deviations = part.counts.double().sqrt()[:, None] * (part.means - sums.means)
         for k in part.counts.nonzero()[:, 0].tolist():
             sums.spread(k, deviations[k, None])
     return sums.statistics()
-
-
-def sample_virtual_features(
-    statistics: ClassStatistics, n: int, generator: torch.Generator
-) -> tuple[Float[Tensor, "m d"], Int[Tensor, " m"]]:
-    """Draw n features of every class from its Gaussian; a covariance may have any rank.
-
-    Negative variances and eigenvalues, from rounding or from noise that clients added, count as zero.
-
-    Args:
-        statistics: of all clients together.
-        n: for each class, >= 1: equally many, so that the set is balanced however unbalanced the clients are.
-        generator: the same state gives the same features.
-
-    Returns:
-        Features in float64 on the generator's device and their labels, class after class. A class with fewer than two
-        samples (where the covariance is shared: with none) gets no features, and a warning names it.
-
-    Raises:
-        InputError: no class can be drawn from: none has two samples.
-
-    Example:
-        >>> import torch
-        >>> line = torch.tensor([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]])  # rank one
-        >>> statistics = class_statistics(line, torch.zeros(3, dtype=torch.long), 1)
-        >>> x, y = sample_virtual_features(statistics, 5, torch.Generator().manual_seed(0))
-        >>> x.shape, bool(torch.allclose(x[:, 0], x[:, 1]))
-        (torch.Size([5, 2]), True)
-    """
-    checks.integer(n, "n", low=1)
-    known = _degrees_of_freedom(statistics.counts, statistics.covariance).flatten() > 0
-    drawn = ((statistics.counts > 0) & known).nonzero()[:, 0].tolist()
-    if not drawn:
-        raise InputError("statistics must hold a class with at least 2 samples, found none")
-    if missing := sorted(set(range(statistics.c)) - set(drawn)):
-        least = 1 if statistics.covariance == "shared" else 2
-        few = f"fewer than {least} sample(s) of each"
-        warnings.warn(f"no virtual features for classes {missing}: {few}", UserWarning, stacklevel=2)
-    means, covariances = statistics.means.to(generator.device), statistics.covariances.to(generator.device)
-    root = _root(covariances) if statistics.covariance == "shared" else None
-    features = []
-    for k in drawn:
-        noise = torch.randn(n, statistics.d, dtype=torch.float64, device=generator.device, generator=generator)
-        if statistics.covariance == "diagonal":
-            features.append(means[k] + noise * covariances[k].clamp(min=0).sqrt())
-        else:
-            features.append(means[k] + noise @ (_root(covariances[k]) if root is None else root).mT)
-    x = torch.cat(features)
-    if statistics.tukey != 1:
-        x = x.clamp(min=0) ** (1 / statistics.tukey)
-    return x, torch.tensor(drawn, device=generator.device).repeat_interleave(n)
 
 
 def classifier(model: nn.Module, layer: str | None) -> nn.Linear:
@@ -319,9 +267,9 @@ def classifier(model: nn.Module, layer: str | None) -> nn.Linear:
 
 def checked_options(covariance: Covariance, tukey: float) -> tuple[Covariance, float]:
     """The arguments that decide what statistics hold, if they are in range."""
-    if covariance not in _AXES:
-        raise InputError(f"covariance must be one of {', '.join(_AXES)}, got {covariance!r}")
-    return covariance, checks.number(tukey, "tukey", low=0, high=1, low_open=True)
+    return checks.one_of(covariance, "covariance", Covariance), checks.number(
+        tukey, "tukey", low=0, high=1, low_open=True
+    )
 
 
 class _Sums:
@@ -360,17 +308,11 @@ class _Sums:
             (self.scatter if self.covariance == "shared" else self.scatter[k]).addmm_(deviations.mT, deviations)
 
     def statistics(self) -> ClassStatistics:
-        dof = _degrees_of_freedom(self.counts, self.covariance)
+        dof = degrees_of_freedom(self.counts, self.covariance)
         return ClassStatistics(self.counts, self.means, self.scatter / dof.clamp(min=1), self.covariance, self.tukey)
 
 
-def _degrees_of_freedom(counts: Tensor, covariance: Covariance) -> Tensor:
+def degrees_of_freedom(counts: Tensor, covariance: Covariance) -> Tensor:
     """The divisors of the covariances, in a shape that broadcasts with them."""
     each = (counts - 1).clamp(min=0)
     return each.sum() if covariance == "shared" else each.reshape(-1, *[1] * (len(_AXES[covariance]) - 1))
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """A matrix R with R R^T = covariance."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp(min=0).sqrt()

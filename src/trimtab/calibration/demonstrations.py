@@ -12,7 +12,7 @@ are the caller's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch.nn.functional as F
@@ -72,9 +72,7 @@ class DemonstrationSampler:
         self.n = checks.integer(n, "n", low=1)
         if n > len(self.texts):
             raise InputError(f"n must not exceed the pool, got {n} demonstrations of {len(self.texts)} texts")
-        if strategy not in get_args(SamplingStrategy):
-            raise InputError(f"strategy must be one of {', '.join(get_args(SamplingStrategy))}, got {strategy!r}")
-        self.strategy = strategy
+        self.strategy = checks.one_of(strategy, "strategy", SamplingStrategy)
         self.seed = checks.integer(seed, "seed", low=0)
         if (embeddings is not None) != (strategy == "nearest"):
             raise InputError("embeddings must be given for strategy 'nearest', and for no other")

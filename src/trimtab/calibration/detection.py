@@ -21,7 +21,7 @@ on the calibrated scores. Steps, targets and defaults are those of the authors' 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -110,10 +110,10 @@ class DetectionCalibrator(Fitted):
         max_detections: int = 100,
     ) -> None:
         super().__init__()
-        self.kind, self.target, self.loss, self.search = kind, target, loss, search
-        for name, allowed in (("kind", Kind), ("target", Target), ("loss", Loss), ("search", Search)):
-            if getattr(self, name) not in get_args(allowed):
-                raise InputError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+        self.kind = checks.one_of(kind, "kind", Kind)
+        self.target = checks.one_of(target, "target", Target)
+        self.loss = checks.one_of(loss, "loss", Loss)
+        self.search = checks.one_of(search, "search", Search)
         if loss != "bce" and kind not in ("platt", "temperature"):
             raise InputError(f"loss goes with platt and temperature, {kind} has none to choose")
         if search != "optimum" and kind != "platt" and (kind, search) != ("temperature", "lbfgs"):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -95,9 +95,7 @@ class LabelWords:
     ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.kind: Kind = _kind_of(model) if kind is None else kind
-        if self.kind not in get_args(Kind):
-            raise InputError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        self.kind: Kind = _kind_of(model) if kind is None else checks.one_of(kind, "kind", Kind)
         self.words = list(words)
         if len(self.words) < 2 or not all(isinstance(word, str) and word.strip() for word in self.words):
             raise InputError(f"words must be at least two strings that are not empty, got {self.words}")

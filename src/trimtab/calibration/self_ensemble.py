@@ -22,7 +22,7 @@ mean where voters are sure of themselves and disagree.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def self_ensemble(
     p = checks.tensor(probs, "probs")
     if p.ndim != 3 or len(p) == 0:
         raise InputError(f"probs must have shape (v, n, c) with v >= 1 voters, got {tuple(p.shape)}")
-    merged, predicted = _merge(p, len(p), _known(strategy), weights)
+    merged, predicted = _merge(p, len(p), checks.one_of(strategy, "strategy", Strategy), weights)
     return (merged, predicted) if isinstance(probs, Tensor) else (merged.numpy(), predicted.numpy())
 
 
@@ -130,7 +130,7 @@ class SelfEnsemble(Generic[V]):
     ) -> None:
         self.predict_proba = predict_proba
         self.variations = list(variations)
-        self.strategy: Strategy = _known(strategy)
+        self.strategy: Strategy = checks.one_of(strategy, "strategy", Strategy)
         self.weights = weights
         if not self.variations:
             raise InputError("variations must hold at least one variation, got none")
@@ -185,12 +185,6 @@ def batch_calibration(
         z = z.masked_fill(constant, 0) / z.std(0).masked_fill(constant, 1)
     out = z.softmax(1).to(x.dtype)
     return out if isinstance(logits, Tensor) else out.numpy()
-
-
-def _known(strategy: Strategy) -> Strategy:
-    if strategy not in get_args(Strategy):
-        raise InputError(f"strategy must be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
-    return strategy
 
 
 def _merge(voters: Iterable[Tensor], v: int, strategy: Strategy, weights: Weights | None) -> tuple[Tensor, Tensor]:

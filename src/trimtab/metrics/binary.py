@@ -86,9 +86,7 @@ class BinaryCalibrationError(SumMetric):
 
     def __init__(self, bins: int = 15, norm: Norm = "l1", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if norm not in ("l1", "l2", "max"):
-            raise InputError(f"norm must be one of l1, l2, max, got {norm!r}")
-        self.bins, self.norm = checks.integer(bins, "bins", low=1), norm
+        self.bins, self.norm = checks.integer(bins, "bins", low=1), checks.one_of(norm, "norm", Norm)
         self._sum(gap=bins, samples=bins)
 
     def update(self, probs: Probabilities, outcomes: Outcomes) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trimtab.audit import Setup, audit
+from trimtab.audit import Setup, audit, identity
 from trimtab.audit import run as run_module
 from trimtab.audit import setup as setups
 from trimtab.audit.result import AuditResult
@@ -242,9 +242,9 @@ def test_an_audit_whose_data_changed_starts_over(tmp_path, old, new):
     (tmp_path / "slow.py").write_text(SLOW_SETUP)
     changed = SLOW_SETUP.replace(old, new)
     assert changed != SLOW_SETUP
-    first = run_module._marks(setups.load(f"{tmp_path}/slow.py:setup"), None)
+    first = identity.marks(setups.load(f"{tmp_path}/slow.py:setup"), None)
     (tmp_path / "slow.py").write_text(changed)
-    second = run_module._marks(setups.load(f"{tmp_path}/slow.py:setup"), None)
+    second = identity.marks(setups.load(f"{tmp_path}/slow.py:setup"), None)
     assert first["model"] == second["model"]
     assert first["data"] != second["data"]
 

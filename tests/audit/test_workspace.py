@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trimtab.audit.workspace import Workspace, fingerprint
+from trimtab.audit.identity import fingerprint
+from trimtab.audit.workspace import Workspace
 from trimtab.core.predictions import Predictions
 
 

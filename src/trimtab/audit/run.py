@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -14,15 +14,15 @@ from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from trimtab.audit import correct, report, shifts
 from trimtab.audit import setup as setups
 from trimtab.audit.correct import Budget, Settings, triple, triples
+from trimtab.audit.identity import marks, stamp
 from trimtab.audit.large import audit_large
 from trimtab.audit.result import AuditResult, ClassRow, Curve, ShiftCell, Triple, rebuild
 from trimtab.audit.setup import Setup
-from trimtab.audit.workspace import Workspace, fingerprint
+from trimtab.audit.workspace import Workspace
 from trimtab.calibration import load
 from trimtab.core import checks
 from trimtab.core.checks import InputError
@@ -92,7 +92,7 @@ def audit(
             raise InputError("calibration goes with a table; a setup brings its own calibration batches")
         setup = source if isinstance(source, Setup) else setups.load(str(source))
         spec = None if isinstance(source, Setup) else str(source)
-        work = Workspace(out, _identity(settings, spec=spec, **_marks(setup, spec)), fresh=fresh)
+        work = Workspace(out, _identity(settings, spec=spec, **marks(setup, spec)), fresh=fresh)
         with _warnings_kept() as warned:
             result = _audit_model(setup, spec, out, work, workers, settings, budget)
         if onnx:
@@ -106,7 +106,7 @@ def audit(
         path, other = Path(source), Path(calibration) if calibration else None
         with Table.open(path) as table:
             work = Workspace(
-                out, _identity(settings, files=[_stamp(file) for file in (path, other) if file]), fresh=fresh
+                out, _identity(settings, files=[stamp(file) for file in (path, other) if file]), fresh=fresh
             )
             large = table.n * table.c > SCORES_IN_MEMORY
             with _warnings_kept() as warned:
@@ -300,46 +300,6 @@ def _cell_name(shift: str, adapter: str) -> str:
 
 def _identity(settings: Settings, **of: Any) -> dict[str, Any]:
     return {**settings.__dict__, "trimtab": metadata.version("trimtab"), **of}
-
-
-def _marks(setup: Setup, spec: str | None) -> dict[str, Any]:
-    """What tells one state of a setup from another: its code, its weights, and the beginning and length of its data."""
-    loaders = {"calibration": setup.calibration, "test": setup.test, **setup.shifts}
-    marks = {name: [fingerprint(_first_tensors(name, loader)), _length(loader)] for name, loader in loaders.items()}
-    code = Path((spec or "").rpartition(":")[0])
-    return {
-        "code": _stamp(code) if code.suffix == ".py" else None,
-        "model": fingerprint(setup.model.state_dict()),
-        "data": marks,
-        "collected": [setup.features, setup.views if setup.augment else 0],
-    }
-
-
-def _first_tensors(name: str, loader: Any) -> dict[str, Tensor]:
-    try:
-        batch = next(iter(loader))
-    except StopIteration:
-        raise InputError(f"{name} must yield at least one batch, it yielded none") from None
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{name} raised {setups.told(error)}") from error
-    parts = (
-        batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, (tuple, list)) else [batch]))
-    )
-    return {str(key): value for key, value in parts.items() if isinstance(value, Tensor)}
-
-
-def _length(loader: Any) -> int | None:
-    return len(loader) if isinstance(loader, Sized) else None
-
-
-def _stamp(path: Path) -> list[Any]:
-    """What tells one state of a file from another."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 def _write_metrics(result: AuditResult, path: Path) -> None:

@@ -6,12 +6,9 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from trimtab.core import persist
 from trimtab.core.predictions import Predictions
@@ -76,12 +73,3 @@ class Workspace:
     def remove(self) -> None:
         """Delete the folder: the audit is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A short hash of named tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

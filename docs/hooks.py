@@ -40,7 +40,7 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Fill the places that pages leave open: ``<!-- name -->``."""
-    fillers = (journey, claims, commands, methods, choosing_log_loss, choosing_ece, choosing_seconds, peers)
+    fillers = (journey, claims, commands, methods, choosing_log_loss, choosing_ece, choosing_seconds, peers, growth)
     for name, filler in {filler.__name__: filler for filler in fillers}.items():
         if f"<!-- {name} -->" in markdown:
             markdown = markdown.replace(f"<!-- {name} -->", filler())
@@ -153,6 +153,17 @@ def peers():
             lines.append(f"{start} {row['seconds']:.2g}&nbsp;s | {ratio} | {row['log_loss']:.4f} | {memory} |")
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return "\n".join([*lines, "", f"One thread; {versions}."])
+
+
+def growth():
+    """Seconds of a fit for more and more samples."""
+    found = json.loads((ROOT / "benchmarks/results/growth.json").read_text(encoding="utf-8"))
+    lines = [f"| calibrator | {' | '.join(f'{n:,} rows' for n in found['samples'])} | grows as |"]
+    lines += ["|---|" + "---:|" * (len(found["samples"]) + 1)]
+    for row in found["rows"]:
+        cells = [f"{cell['seconds']:.2g}&nbsp;s, {cell['peak_mib']:.0f}&nbsp;MiB" for cell in row["cells"]]
+        lines.append(f"| `{row['calibrator']}` | {' | '.join(cells)} | n<sup>{row['power']:.1f}</sup> |")
+    return "\n".join(lines)
 
 
 def claims():

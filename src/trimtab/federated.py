@@ -221,6 +221,7 @@ def simulate(
     Example:
         >>> import torch
         >>> from functools import partial
+        >>> from safetensors.torch import save_file
         >>> from torch.utils.data import Subset
         >>> from trimtab.data import digits, dirichlet_partition
         >>> from trimtab.federated import simulate, train_locally
@@ -231,7 +232,7 @@ def simulate(
         ...     torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)
         ... )
         >>> federation = simulate(model, clients, train=partial(train_locally, epochs=5))  # doctest: +SKIP
-        >>> torch.save(federation.calibrated.state_dict(), "model.pt")  # doctest: +SKIP
+        >>> save_file(federation.calibrated.state_dict(), "model.safetensors")  # doctest: +SKIP
     """
     checks.integer(workers, "workers", low=1)
     checks.number(gpus, "gpus", low=0)

@@ -130,7 +130,9 @@ def choosing_ece():
 
 def choosing_seconds():
     """How long the fits took."""
-    return choosing("seconds", lambda value: "< 0.01" if value < 0.01 else f"{value:.2g}")
+    return choosing(
+        "seconds", lambda value: "< 0.01" if value < 0.01 else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+    )
 
 
 def peers():

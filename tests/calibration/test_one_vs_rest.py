@@ -60,10 +60,11 @@ def test_no_class_at_all_is_every_class_alike():
 
 def test_scores_a_rounding_apart_are_one():
     x = torch.tensor([3.0, 1.0, 1.0 + 2e-7, -5.0, 3.0, 1.001])
-    values, group = one_vs_rest.distinct(x)
-    assert values.tolist() == [-5.0, 1.0, x[-1].item(), 3.0]
-    assert group.tolist() == [3, 1, 1, 0, 3, 2]
-    assert one_vs_rest.distinct(torch.ones(4))[1].tolist() == [0, 0, 0, 0]
+    values, order, apart = one_vs_rest.ascending(x)
+    assert torch.equal(values, x.sort().values)
+    assert torch.equal(x[order], values)
+    assert apart.tolist() == [True, False, True, True, False]
+    assert not one_vs_rest.ascending(torch.ones(4))[2].any()
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -56,11 +56,10 @@ class IsotonicCalibration(Calibrator):
         self._declare("knots", "values")
 
     def _fit(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-        odds = one_vs_rest.log_odds(logits)
-        hits = one_vs_rest.outcomes(labels, logits.shape[1])
-        w = torch.ones_like(hits[:, 0]) if weights is None else weights.double()
-        prior = None if self.allow_zero else 1 / logits.shape[1]
-        maps = [_monotone(odds[:, k], hits[:, k], w, prior) for k in range(odds.shape[1])]
+        odds = one_vs_rest.log_odds(logits).mT.contiguous()
+        c, k = logits.shape[1], len(odds)
+        prior = None if self.allow_zero else 1 / c
+        maps = [_monotone(row, labels == kind, weights, prior) for row, kind in zip(odds, range(c - k, c))]
         most = max(len(x) for x, _ in maps)
         knots, values = (torch.stack([_filled(m[i], most) for m in maps]) for i in (0, 1))
         self._store(logits, knots=knots, values=values)
@@ -75,17 +74,20 @@ class IsotonicCalibration(Calibrator):
         return one_vs_rest.from_probabilities(torch.lerp(values.gather(1, left), values.gather(1, right), share).mT)
 
 
-def _monotone(scores: Tensor, hits: Tensor, w: Tensor, prior: float | None) -> tuple[Tensor, Tensor]:
+def _monotone(scores: Tensor, hits: Tensor, w: Tensor | None, prior: float | None) -> tuple[Tensor, Tensor]:
     """The first and last score of every pooled block, and the blocks' probabilities there."""
-    x, group = one_vs_rest.distinct(scores)
-    weight, hit = torch.bincount(group, w), torch.bincount(group, w * hits)
+    x, order, apart = one_vs_rest.ascending(scores)
+    starts = torch.cat([order.new_zeros(1), apart.nonzero()[:, 0] + 1])
+    sizes = torch.cat([starts, order.new_tensor([len(x)])]).diff()
+    mass = torch.ones_like(x, dtype=torch.float64) if w is None else w[order].double()
+    weight, hit = (torch.segment_reduce(v, "sum", lengths=sizes) for v in (mass, mass * hits[order]))
     if prior is not None:
         for end in (0, -1):
             weight[end] += 1
             hit[end] += prior
     fit = isotonic_regression((hit / weight).cpu().numpy(), weights=weight.cpu().numpy())
-    ends = np.unique(np.concatenate([fit.blocks[:-1], fit.blocks[1:] - 1]))
-    return x[torch.from_numpy(ends).to(x.device)], torch.from_numpy(fit.x[ends])
+    ends = np.union1d(fit.blocks[:-1], fit.blocks[1:] - 1)
+    return x[starts[torch.from_numpy(ends).to(x.device)]], torch.from_numpy(fit.x[ends])
 
 
 def _filled(row: Tensor, length: int) -> Tensor:

@@ -74,14 +74,6 @@ def ascending(scores: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Int[Ten
     return x, order, x.diff() > 16 * torch.finfo(x.dtype).eps * x[1:].abs().clamp(min=1)
 
 
-def distinct(scores: Float[Tensor, " n"]) -> tuple[Float[Tensor, " m"], Int[Tensor, " n"]]:
-    """The distinct scores, ascending, and which of them each score is."""
-    x, order, apart = ascending(scores)
-    group = torch.empty_like(order)
-    group[order] = torch.cat([order.new_zeros(1), apart.cumsum(0)])
-    return x[torch.cat([apart.new_ones(1), apart])], group
-
-
 def fit_logistic(
     features: Sequence[Float[Tensor, "n k"]],
     outcomes: Float[Tensor, "n k"],

@@ -37,6 +37,7 @@ def _cores() -> int:
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Silent = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary: the files tell.")]
 Form = Annotated[Format, typer.Option("--format", help="Text for people, or JSON for machines.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same numbers.")]
 Workers = Annotated[
@@ -47,6 +48,9 @@ Slugs = Annotated[
     list[str] | None, typer.Argument(metavar="METHOD", help="Methods, such as eata; all where none is named.")
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="Only claims that take a minute or less.")]
+
+# typer 0.20 escapes "[default: ...]" for rich markup in plain help, too
+vars(typer.core)["HAS_RICH"] = False
 
 app = typer.Typer(
     name="trimtab",
@@ -93,7 +97,7 @@ Folds = Annotated[int, typer.Option("--folds", min=2, help="Folds of the cross-v
 def audit(
     source: Annotated[
         str | None,
-        typer.Argument(metavar="SOURCE", help="Table of scores (Parquet, Feather, CSV, NPZ), or FILE.py:FUNCTION."),
+        typer.Argument(help="Table of scores (Parquet, Feather, CSV, NPZ), or FILE.py:FUNCTION."),
     ] = None,
     out: Out = Path("out"),
     coco: Annotated[
@@ -118,7 +122,7 @@ def audit(
     max_time: MaxTime = None,
     onnx: Onnx = True,
     fresh: Fresh = False,
-    quiet: Quiet = False,
+    quiet: Silent = False,
     form: Form = Format.text,
 ) -> None:
     """Measure a model, a table or a detector, correct it, and report."""
@@ -158,7 +162,7 @@ def demo(
     max_time: MaxTime = None,
     onnx: Onnx = True,
     fresh: Fresh = False,
-    quiet: Quiet = False,
+    quiet: Silent = False,
     form: Form = Format.text,
 ) -> None:
     """Audit a small network that is trained on the spot."""

@@ -139,7 +139,15 @@ def test_who_is_not_through_in_time_has_failed(predictions, monkeypatch):
     assert one_standard_error(scores).calibrator is Uncalibrated
 
 
-@pytest.mark.parametrize("first", [TemperatureScaling, VectorScaling, quick(HCalibration)])
+def test_those_that_train_wait_for_the_others(predictions, monkeypatch):
+    clock(monkeypatch)
+    slow = quick(HCalibration)
+    scores = rank(predictions, [slow, MatrixScaling], folds=3, max_seconds=0)
+    assert [score.calibrator for score in scores] == [MatrixScaling, slow]
+    assert scores[0].failed is None
+
+
+@pytest.mark.parametrize("first", [TemperatureScaling, VectorScaling])
 def test_the_first_gets_the_time_that_it_takes(predictions, monkeypatch, first):
     unlimited = rank(predictions, [first], folds=3)
     clock(monkeypatch)

@@ -86,6 +86,7 @@ def audit(
         raise InputError(f"max_minutes must be > 0, got {max_minutes}")
     started = time.perf_counter()
     budget = Budget.starting_now(max_minutes)
+    limited = {} if math.isinf(max_minutes) else {"max_minutes": max_minutes}
     out = Path(out)
     if isinstance(source, Setup) or (":" in str(source) and Path(source).suffix not in ENDINGS):
         if calibration is not None:
@@ -114,7 +115,7 @@ def audit(
     result = replace(
         result,
         notes=[*result.notes, *dict.fromkeys(f"Warning: {warning.message}." for warning in warned)],
-        settings={**settings.__dict__, "workers": workers},
+        settings={**settings.__dict__, "workers": workers, **limited},
         versions={name: metadata.version(name) for name in PACKAGES},
         steps=[*work.seconds.items(), ("in all", time.perf_counter() - started)],
     )

@@ -79,12 +79,14 @@ class Calibrator(Fitted):
     that trains by them does so under `torch.enable_grad`.
 
     Attributes:
+        trains: whether a fit takes many passes over the samples: those that do not are ranked first.
         needs: fields of `Predictions` beyond logits and labels that `fit` and `forward` take by keyword
             (``"features"``, ``"views"``).
         counts: (c,), how many fitting samples (how much weight) each class had; None before `fit`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    trains: ClassVar[bool] = False
     counts: Tensor | None
     _fit: Callable[..., None]
     _log_probs: Callable[..., Tensor]

@@ -130,6 +130,7 @@ class CorrectnessAware(Calibrator):
     """
 
     needs = frozenset({"views"})
+    trains = True
     embed: Tensor
     out: Tensor
 

@@ -212,6 +212,8 @@ class HCalibration(Calibrator):
         IEEE TPAMI 2025.
     """
 
+    trains = True
+
     factors: Tensor
     shares: Tensor
     slopes: Tensor

@@ -98,6 +98,7 @@ class SDM(Calibrator):
     """
 
     needs = frozenset({"features"})
+    trains = True
 
     mean: Tensor
     deviation: Tensor

@@ -58,8 +58,8 @@ def rank(
 
     Args:
         predictions: scores that the model was not trained on, with labels and whatever the calibrators need.
-        calibrators: classes, tried in this order; `Uncalibrated` among them shows what the model is worth as it is.
-            By default all whose needs `predictions` meet, the simplest first.
+        calibrators: classes, tried in this order, but those that train after all others; `Uncalibrated` among them
+            shows what the model is worth as it is. By default all whose needs `predictions` meet, the simplest first.
         folds: how many, at least 2, stratified by label.
         seed: chooses the folds.
         max_seconds: time for all of them. One that is not through when it is up counts as failed; the first always
@@ -82,6 +82,7 @@ def rank(
     predictions.needed("labels")
     if calibrators is None:
         calibrators = able(predictions)
+    calibrators = sorted(calibrators, key=lambda kind: kind.trains)
     parts = predictions.folds(folds, seed)
     jobs = [(kind, fit, held_out) for kind in calibrators for fit, held_out in parts]
     losses: dict[type[Calibrator], list[float]] = {kind: [] for kind in calibrators}

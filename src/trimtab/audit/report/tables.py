@@ -113,7 +113,9 @@ def ranking(result: AuditResult) -> Table:
     for row in sorted(result.ranking, key=lambda row: row.failed is not None):
         if row.failed is not None:
             empty = Cell(MISSING)
-            rows.append((Cell(row.name, f"failed: {row.failed}", row.name), *(empty,) * 4, seconds_cell(row.seconds)))
+            rows.append(
+                (Cell(row.name, f"not ranked: {row.failed}", row.name), *(empty,) * 4, seconds_cell(row.seconds))
+            )
             continue
         loss = Cell(decimal(row.log_loss), behind(row, result.ranking[0]) or "the best", sort_key(row.log_loss))
         rows.append(

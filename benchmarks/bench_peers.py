@@ -231,7 +231,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--limit", type=float, default=300, help="seconds that one fit may take")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", type=Path, help="JSON file for the results; what it holds is not measured again")
@@ -262,6 +262,7 @@ def main() -> None:
                     rows.append(here[-1])
             print(f"\n{family}, {size}")
             show(here)
+            rows.sort(key=lambda row: (SIZES.index(row["size"]), list(FAMILIES).index(row["family"])))
             if options.write:
                 versions = {name: metadata.version(name) for name in PACKAGES if find_spec(PACKAGES[name])}
                 about = {"threads": options.threads, "machine": platform.machine(), "versions": versions}

@@ -122,14 +122,17 @@ def rank_and_choose(
     fitted.save(out / CALIBRATOR_FILE)
 
     def measure_all() -> dict[str, dict[str, Any]]:
-        found = {symbol: _measure(fitted, test, settings)}
+        found: dict[str, dict[str, Any]] = {symbol: {**_measure(fitted, test, settings)}}
         for row in track([row for row in rows if row["symbol"] not in found], "measure calibrators"):
-            found[row["symbol"]] = _UNMEASURED
+            found[row["symbol"]] = {**_UNMEASURED}
             if row["failed"] is None:
-                with suppress(OutOfTime, InputError), limit(budget.seconds):
-                    in_time()
-                    other = kinds[row["symbol"]]().fit_predictions(calibration)
-                    found[row["symbol"]] = _measure(other, test, settings)
+                try:
+                    with suppress(OutOfTime), limit(budget.seconds):
+                        in_time()
+                        other = kinds[row["symbol"]]().fit_predictions(calibration)
+                        found[row["symbol"]] = {**_measure(other, test, settings)}
+                except InputError as error:
+                    found[row["symbol"]] = {**_UNMEASURED, "failed": str(error)}
         return found
 
     measured = work.number(budget.step("measure calibrators"), measure_all)

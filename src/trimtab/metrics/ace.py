@@ -10,14 +10,10 @@ which `classwise_calibration_error_equal_mass` gives.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from trimtab.core import checks
-from trimtab.metrics.binning import bin_sums
-from trimtab.metrics.rows import Labels, Matrix, top_label
-from trimtab.metrics.sums import SumMetric
+from trimtab.metrics.confidences import ConfidenceBins
+from trimtab.metrics.rows import Labels, Matrix
 
 
 def average_calibration_error(probs: Matrix, labels: Labels, bins: int = 15) -> float:
@@ -48,7 +44,7 @@ def average_calibration_error(probs: Matrix, labels: Labels, bins: int = 15) -> 
     return float(metric.compute())
 
 
-class AverageCalibrationError(SumMetric):
+class AverageCalibrationError(ConfidenceBins):
     """`average_calibration_error` over batches; its state is two sums a bin.
 
     Example:
@@ -58,22 +54,6 @@ class AverageCalibrationError(SumMetric):
         >>> metric.compute()
         tensor(0.4000, dtype=torch.float64)
     """
-
-    higher_is_better = False
-    gap: Tensor
-    samples: Tensor
-
-    def __init__(self, bins: int = 15, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.bins = checks.integer(bins, "bins", low=1)
-        self._sum(gap=bins, samples=bins)
-
-    def update(self, probs: Matrix, labels: Labels) -> None:
-        """Add a batch: probabilities (n, c) and labels (n,)."""
-        confidence, correct = top_label(probs, labels)
-        sums = bin_sums(confidence[None], correct[None], self.bins)
-        self.gap += sums.gap[0]
-        self.samples += sums.samples[0]
 
     def compute(self) -> Tensor:
         """The error of all batches together."""

@@ -1,4 +1,4 @@
-"""The state of measures that need all confidences in order, not only sums."""
+"""The states of measures of the largest probability: sums over its bins, or all confidences where order counts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,30 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from trimtab.metrics.binning import Ranked, rank
+from trimtab.core import checks
+from trimtab.metrics.binning import Ranked, bin_sums, rank
 from trimtab.metrics.rows import Labels, Matrix, top_label
+from trimtab.metrics.sums import SumMetric
+
+
+class ConfidenceBins(SumMetric):
+    """Sums up confidence minus hit, and counts samples, in equal-width bins; a measure adds `compute`."""
+
+    higher_is_better = False
+    gap: Tensor
+    samples: Tensor
+
+    def __init__(self, bins: int = 15, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.bins = checks.integer(bins, "bins", low=1)
+        self._sum(gap=bins, samples=bins)
+
+    def update(self, probs: Matrix, labels: Labels) -> None:
+        """Add a batch: probabilities (n, c) and labels (n,)."""
+        confidence, correct = top_label(probs, labels)
+        sums = bin_sums(confidence[None], correct[None], self.bins)
+        self.gap += sums.gap[0]
+        self.samples += sums.samples[0]
 
 
 class ConfidenceMetric(Metric):

@@ -10,14 +10,12 @@ confidence of exactly 0.2 lies in the bin that ends there.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from trimtab.core import checks
 from trimtab.metrics.binning import bin_sums
+from trimtab.metrics.confidences import ConfidenceBins
 from trimtab.metrics.rows import Labels, Matrix, top_label
-from trimtab.metrics.sums import SumMetric
 
 
 def expected_calibration_error(probs: Matrix, labels: Labels, bins: int = 15) -> float:
@@ -48,8 +46,8 @@ def expected_calibration_error(probs: Matrix, labels: Labels, bins: int = 15) ->
     return float(bin_sums(confidence[None], correct[None], bins).gap.abs().sum() / len(confidence))
 
 
-class ExpectedCalibrationError(SumMetric):
-    """`expected_calibration_error` over batches; its state is one sum a bin.
+class ExpectedCalibrationError(ConfidenceBins):
+    """`expected_calibration_error` over batches; its state is two sums a bin.
 
     Example:
         >>> import torch
@@ -59,21 +57,6 @@ class ExpectedCalibrationError(SumMetric):
         tensor(0.2500, dtype=torch.float64)
     """
 
-    higher_is_better = False
-    gap: Tensor
-    samples: Tensor
-
-    def __init__(self, bins: int = 15, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.bins = checks.integer(bins, "bins", low=1)
-        self._sum(gap=bins, samples=1)
-
-    def update(self, probs: Matrix, labels: Labels) -> None:
-        """Add a batch: probabilities (n, c) and labels (n,)."""
-        confidence, correct = top_label(probs, labels)
-        self.gap += bin_sums(confidence[None], correct[None], self.bins).gap[0]
-        self.samples += len(confidence)
-
     def compute(self) -> Tensor:
         """The error of all batches together."""
-        return self.gap.abs().sum() / self.samples[0]
+        return self.gap.abs().sum() / self.samples.sum()

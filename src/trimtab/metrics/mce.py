@@ -8,14 +8,12 @@ Naeini, Cooper, Hauskrecht 2015, "Obtaining Well Calibrated Probabilities Using 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from trimtab.core import checks
 from trimtab.metrics.binning import bin_sums
+from trimtab.metrics.confidences import ConfidenceBins
 from trimtab.metrics.rows import Labels, Matrix, top_label
-from trimtab.metrics.sums import SumMetric
 
 
 def maximum_calibration_error(probs: Matrix, labels: Labels, bins: int = 15) -> float:
@@ -47,7 +45,7 @@ def maximum_calibration_error(probs: Matrix, labels: Labels, bins: int = 15) -> 
     return float((sums.gap.abs() / sums.samples.clamp(min=1)).max())
 
 
-class MaximumCalibrationError(SumMetric):
+class MaximumCalibrationError(ConfidenceBins):
     """`maximum_calibration_error` over batches; its state is two sums a bin.
 
     Example:
@@ -57,22 +55,6 @@ class MaximumCalibrationError(SumMetric):
         >>> metric.compute()
         tensor(0.2500, dtype=torch.float64)
     """
-
-    higher_is_better = False
-    gap: Tensor
-    samples: Tensor
-
-    def __init__(self, bins: int = 15, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.bins = checks.integer(bins, "bins", low=1)
-        self._sum(gap=bins, samples=bins)
-
-    def update(self, probs: Matrix, labels: Labels) -> None:
-        """Add a batch: probabilities (n, c) and labels (n,)."""
-        confidence, correct = top_label(probs, labels)
-        sums = bin_sums(confidence[None], correct[None], self.bins)
-        self.gap += sums.gap[0]
-        self.samples += sums.samples[0]
 
     def compute(self) -> Tensor:
         """The error of all batches together."""

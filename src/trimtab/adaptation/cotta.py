@@ -5,28 +5,34 @@ short: where the source model is unsure of a batch, the batch goes through the t
 
 Paper: Wang, Fink, Van Gool, Dai, "Continual Test-Time Domain Adaptation", CVPR 2022 (arXiv:2203.13591). The authors'
 code (qinenergy/cotta) is followed: the teacher's logits are averaged, not its probabilities; the loss for ImageNet is
-symmetric (`symmetric`); parameters that are not called weight or bias (class tokens, position embeddings) are trained
-but never put back. Eval mode is used instead of ``model.train()`` (`train_mode` follows the code). The anchor is the
-source model; its weights are kept once, and serve the restoring too.
+symmetric (`symmetric`); parameters that are not called weight or bias (class tokens, position embeddings) stay as they
+are. Eval mode is used instead of ``model.train()`` (`train_mode` follows the code). The anchor is the source model; its
+weights are kept once, and serve the restoring too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from trimtab.adaptation import state
 from trimtab.adaptation.augment import check_first, strong_augment
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options, follow
 from trimtab.adaptation.batch_stats import use_batch_statistics
+from trimtab.adaptation.teacher import (
+    RestoreMask,
+    anchored_target,
+    put_back,
+    random_mask,
+    self_training_loss,
+    weights_and_biases,
+)
 from trimtab.core import checks
-from trimtab.core.modules import all_parameters
-
-RestoreMask = Callable[[str, Tensor, torch.Generator], Tensor]
 
 
 class CoTTA(Adapter):
@@ -46,7 +52,7 @@ class CoTTA(Adapter):
         symmetric: add the cross-entropy of the teacher to the model, half and half, as for ImageNet-C.
         optimizer: builds the optimizer from the parameters that move. Default Adam 1e-3, for CIFAR; SGD 1e-2 for
             ImageNet-C.
-        parameters_of: chooses the parameters that move, by name; all.
+        parameters_of: chooses the parameters that move, by name; all that are called weight or bias.
         augment: ``augment(x, generator)`` gives a random view of a batch. The default, the authors', mirrors images:
             give ``partial(strong_augment, flip=False)``, or your own, where that changes what they show.
         restore_mask: ``restore_mask(name, parameter, generator)`` says which entries are put back; drawn with
@@ -68,6 +74,8 @@ class CoTTA(Adapter):
         Wang et al., CVPR 2022, https://arxiv.org/abs/2203.13591
     """
 
+    forwards = 35
+    backwards = 1
     anchor_confidence: Tensor
     generator: torch.Generator
 
@@ -81,7 +89,7 @@ class CoTTA(Adapter):
         restore: float = 0.01,
         symmetric: bool = False,
         optimizer: OptimizerFactory = ADAM,
-        parameters_of: Choice = all_parameters,
+        parameters_of: Choice = weights_and_biases,
         augment: Callable[[Any, torch.Generator], Any] = strong_augment,
         restore_mask: RestoreMask | None = None,
         generator: torch.Generator | None = None,
@@ -95,7 +103,7 @@ class CoTTA(Adapter):
         self.restore = checks.number(restore, "restore", low=0.0, high=1.0)
         self.symmetric = symmetric
         self.augment = augment
-        self.restore_mask = restore_mask or self._random_mask
+        self.restore_mask = restore_mask or random_mask(self.restore)
         use_batch_statistics(self.model, train_mode=train_mode)
         self._begin(parameters_of, optimizer)
         self.generator = generator or torch.Generator().manual_seed(0)
@@ -115,39 +123,19 @@ class CoTTA(Adapter):
         logits = self._call(self.model, x)
         with torch.no_grad():
             target = self._target(x)
-        loss = _cross_entropy(target, logits)
-        if self.symmetric:
-            loss = (loss + _cross_entropy(logits, target)) / 2
-        if self._descend(loss):
+        if self._descend(self_training_loss(logits, target, symmetric=self.symmetric)):
             follow(self.teacher, self.model, self.teacher_momentum)
-            self._put_back()
+            if self.restore:
+                put_back(self.moving, self.source.named(), lambda n, p: self.restore_mask(n, p, self.generator))
         return target
 
     def _target(self, x: Inputs) -> Tensor:
-        """The teacher's logits: of the batch where the anchor is sure of it, else the mean over augmented views."""
-        anchor = self._call(self._anchor, x)
-        self.anchor_confidence = anchor.softmax(1).amax(1).mean().double()
-        if float(self.anchor_confidence) >= self.confidence:
-            return self._call(self.teacher, x)
         views = (self.augment(x, self.generator) for _ in range(self.augmentations))
-        return torch.stack([self._call(self.teacher, view) for view in views]).mean(0)
-
-    def _anchor(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.model, self.source.named(), args, kwargs)
-
-    def _put_back(self) -> None:
-        if self.restore == 0:
-            return
-        source = self.source.named()
-        with torch.no_grad():
-            for name, parameter in self.moving.items():
-                if name.rpartition(".")[2] in ("weight", "bias"):
-                    mask = self.restore_mask(name, parameter, self.generator)
-                    parameter.copy_(torch.where(mask, source[name], parameter))
-
-    def _random_mask(self, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
-        return (torch.rand(parameter.shape, generator=generator) < self.restore).to(parameter.device)
-
-
-def _cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
-    return -(target.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+        target, self.anchor_confidence = anchored_target(
+            partial(self._call, state.holding(self.model, self.source)),
+            partial(self._call, self.teacher),
+            x,
+            views,
+            confidence=self.confidence,
+        )
+        return target

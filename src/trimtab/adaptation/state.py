@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from trimtab.core.checks import InputError
 
@@ -33,6 +35,11 @@ class Tensors(nn.Module):
     def named(self) -> dict[str, Tensor]:
         """The tensors by the names that they were given."""
         return dict(zip(self.names, self.buffers(recurse=False)))
+
+
+def holding(model: nn.Module, tensors: Tensors) -> Callable[..., Any]:
+    """`model` as it would be with `tensors` in place of its own of those names; the model stays as it is."""
+    return lambda *args, **kwargs: functional_call(model, tensors.named(), args, kwargs)
 
 
 def pack(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -13,14 +13,14 @@ from safetensors.torch import load, save
 from torch import nn
 from toynet import ToyNet, built, seeded_net, stream
 
-from trimtab.adaptation import ADAPTERS, EATA, ETA, LAME, BatchNormAdapt, CoTTA, RoTTA, Source, Tent, compute_fisher
+from trimtab.adaptation import ADAPTERS, EATA, ETA, LAME, BatchNormAdapt, CoTTA, RoTTA, Source, Tent
 from trimtab.adaptation.base import Adapter, entropy, follow
 from trimtab.core.checks import InputError
 from trimtab.core.modules import all_parameters
 
 
 def eata_with_fisher(model, **options):
-    return EATA(model, fishers=compute_fisher(model, list(stream(9))), d_margin=0.9, e_margin=1.5, **options)
+    return EATA(model, prepared=EATA.prepare(model, list(stream(9))), d_margin=0.9, e_margin=1.5, **options)
 
 
 BUILDERS = {
@@ -406,7 +406,7 @@ NETS = {
 def test_every_kind_of_normalisation(build, net, shape):
     net = built(net)
     if build is eata_with_fisher:
-        build = partial(EATA, fishers=compute_fisher(net, list(stream(shape=shape))), d_margin=0.9)
+        build = partial(EATA, prepared=EATA.prepare(net, list(stream(shape=shape))), d_margin=0.9)
     if "TTA" in str(build):
         build = partial(build, augment=lambda x, generator: x + 0.01)
     if isinstance(build, partial | type) and "BatchNormAdapt" in str(build):
@@ -564,7 +564,7 @@ def test_one_value_a_channel_is_refused_in_words(build):
 )
 def test_models_that_do_not_classify_are_refused(net, shape):
     with pytest.raises(InputError, match=f"c >= 2, it returned {shape}"):
-        Source(built(net))(torch.zeros(4, 3))
+        CoTTA(built(net))(torch.zeros(4, 3))
 
 
 @pytest.mark.bad_input

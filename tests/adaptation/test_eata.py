@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from toynet import seeded_net, stream
 
-from trimtab.adaptation import EATA, ETA, Tent, compute_fisher
+from trimtab.adaptation import EATA, ETA, Prepared, Tent
 from trimtab.adaptation.base import entropy
 from trimtab.core.checks import InputError
+from trimtab.core.modules import all_parameters
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 
@@ -18,9 +19,9 @@ SGD = partial(torch.optim.SGD, lr=0.05)
 def test_the_loss_is_the_paper_s():
     xs = 3 * stream(batches=6) * stream(seed=1, batches=6, shape=(3, 1, 1))
     net = seeded_net()
-    fishers = compute_fisher(net, list(xs))
+    fishers = EATA.prepare(net, list(xs))
     settings = {"e_margin": 1.5, "d_margin": 0.9}
-    eata = EATA(net, fishers=fishers, fisher_weight=1e4, optimizer=SGD, **settings)
+    eata = EATA(net, prepared=fishers, fisher_weight=1e4, optimizer=SGD, **settings)
     start = {n: p.detach().clone() for n, p in eata.moving.items()}
     mean, reliable, selected = None, 0, 0
     for x in xs:
@@ -64,10 +65,10 @@ def test_eta_with_open_margins_and_equal_weights_is_close_to_tent():
 def test_a_heavy_fisher_term_holds_the_source():
     net = seeded_net()
     xs = stream(batches=20)
-    fishers = {n: torch.ones_like(v) for n, v in compute_fisher(net, list(xs)).items()}
+    fishers = Prepared("EATA", {n: torch.ones_like(v) for n, v in EATA.prepare(net, list(xs)).items()}, net)
     moved = []
     for weight in (0.0, 1e4):
-        eata = EATA(net, fishers=fishers, fisher_weight=weight, e_margin=2.0, d_margin=1.0)
+        eata = EATA(net, prepared=fishers, fisher_weight=weight, e_margin=2.0, d_margin=1.0)
         for x in xs:
             eata(x)
         source = eata.source.named()
@@ -101,11 +102,11 @@ def test_fisher_values():
         for name, parameter in net.named_parameters():
             if "bn1" in name or name.endswith("1.weight") or name.endswith("1.bias"):
                 expected[name] = expected.get(name, 0) + parameter.grad.square() / 2
-    fishers = compute_fisher(net, [(x, torch.zeros(10)) for x in xs], n=15)
+    fishers = EATA.prepare(net, [(x, torch.zeros(10)) for x in xs], n=15)
     for name, value in fishers.items():
         torch.testing.assert_close(value, expected[name])
-    assert load(save(fishers)).keys() == fishers.keys()
-    mapping = compute_fisher(net, [{"x": x, "label": torch.zeros(10)} for x in xs], n=15)
+    assert load(save(dict(fishers))).keys() == fishers.keys()
+    mapping = EATA.prepare(net, [{"x": x, "label": torch.zeros(10)} for x in xs], n=15)
     assert all(torch.equal(mapping[n], v) for n, v in fishers.items())
 
 
@@ -113,7 +114,7 @@ def test_fisher_values_leave_the_model_alone():
     net = seeded_net()
     before = {n: v.clone() for n, v in net.state_dict().items()}
     with torch.no_grad():
-        compute_fisher(net, list(stream()))
+        EATA.prepare(net, list(stream()))
     assert all(torch.equal(v, net.state_dict()[n]) for n, v in before.items())
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
 
@@ -126,7 +127,6 @@ def test_fisher_values_leave_the_model_alone():
         ({"d_margin": 0.0}, "d_margin must lie in"),
         ({"d_margin": 1.01}, "d_margin must lie in"),
         ({"fisher_weight": -1.0}, "fisher_weight must lie in"),
-        ({"fishers": {"bn1.weight": torch.zeros(6)}}, "they differ in"),
     ],
 )
 def test_bad_settings_are_refused(options, message):
@@ -137,18 +137,20 @@ def test_bad_settings_are_refused(options, message):
 @pytest.mark.bad_input
 def test_fishers_of_another_shape_or_not_finite_are_refused():
     net = seeded_net()
-    fishers = compute_fisher(net, list(stream()))
-    with pytest.raises(InputError, match=r"fishers\['bn1.weight'\] must have shape \(6,\), got \(7,\)"):
-        EATA(net, fishers={**fishers, "bn1.weight": torch.zeros(7)})
-    with pytest.raises(InputError, match=r"fishers\['bn1.weight'\] must be finite"):
-        EATA(net, fishers={**fishers, "bn1.weight": torch.full((6,), float("nan"))})
+    fishers = EATA.prepare(net, list(stream()))
+    with pytest.raises(InputError, match=r"prepared was made for another model: .* has norm"):
+        EATA(seeded_net(1), prepared=fishers)
+    with pytest.raises(InputError, match="they differ in"):
+        EATA(net, prepared=fishers, parameters_of=all_parameters)
+    with pytest.raises(InputError, match=r"bn1.weight must be finite"):
+        Prepared("EATA", {"bn1.weight": torch.full((6,), float("nan"))}, net)
 
 
 @pytest.mark.bad_input
 def test_bad_source_data_are_refused():
     with pytest.raises(InputError, match="at least one batch"):
-        compute_fisher(seeded_net(), [])
+        EATA.prepare(seeded_net(), [])
     with pytest.raises(InputError, match="x must be finite"):
-        compute_fisher(seeded_net(), [torch.full((4, 3, 8, 8), float("nan"))])
+        EATA.prepare(seeded_net(), [torch.full((4, 3, 8, 8), float("nan"))])
     with pytest.raises(InputError, match="n must be at least 1"):
-        compute_fisher(seeded_net(), list(stream()), 0)
+        EATA.prepare(seeded_net(), list(stream()), 0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from toynet import Golden, golden_files
 
-from trimtab.adaptation import EATA, BatchNormAdapt, CoTTA, RoTTA, Source, Tent, compute_fisher
+from trimtab.adaptation import EATA, BatchNormAdapt, CoTTA, RoTTA, Source, Tent
 from trimtab.adaptation.lame import affinity, smooth
 from trimtab.adaptation.rotta import Item, offer
 
@@ -140,12 +140,12 @@ def test_eata(path, precision):
     cfg = golden.cfg
     net, adapted = golden.net(), golden.adapted()
     source = golden.tensor("x_src") if "x_src" in golden.arrays else []
-    fishers = compute_fisher(net, source, n=sum(map(len, source)), **adapted) if len(source) else {}
-    for name, value in fishers.items():
+    fishers = EATA.prepare(net, source, n=sum(map(len, source)), **adapted) if len(source) else None
+    for name, value in (fishers or {}).items():
         golden.check(f"fisher.{name}", value)
     eata = EATA(
         net,
-        fishers=fishers if cfg["use_fisher"] else None,
+        prepared=fishers if cfg["use_fisher"] else None,
         fisher_weight=cfg["fisher_alpha"],
         e_margin=cfg["e_margin"],
         d_margin=cfg["d_margin"],

@@ -4,8 +4,10 @@ from trimtab.adaptation.augment import strong_augment
 from trimtab.adaptation.base import Adapter
 from trimtab.adaptation.batch_norm import BatchNormAdapt
 from trimtab.adaptation.cotta import CoTTA
-from trimtab.adaptation.eata import EATA, ETA, compute_fisher
+from trimtab.adaptation.eata import EATA, ETA
+from trimtab.adaptation.guard import Guard
 from trimtab.adaptation.lame import LAME
+from trimtab.adaptation.prepared import Prepared
 from trimtab.adaptation.rotta import RoTTA
 from trimtab.adaptation.source import Source
 from trimtab.adaptation.stream import run_stream
@@ -22,10 +24,11 @@ __all__ = [
     "Adapter",
     "BatchNormAdapt",
     "CoTTA",
+    "Guard",
+    "Prepared",
     "RoTTA",
     "Source",
     "Tent",
-    "compute_fisher",
     "run_stream",
     "strong_augment",
 ]

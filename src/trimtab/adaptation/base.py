@@ -2,8 +2,9 @@
 
 A method subclasses `Adapter`, configures ``self.model`` in its constructor, ends that with ``self._begin(...)``, and
 says in ``_adapt`` what happens to one batch (and in ``_predict``, where it differs, what is said without adapting).
-What it must remember goes into buffers, whose shapes may change, or into submodules; then saving, restoring and moving
-come by themselves. It restores in ``reset`` whatever it changes besides the model.
+It says in class attributes what it costs and needs. What it must remember goes into buffers, whose shapes may change,
+or into submodules; then saving, restoring and moving come by themselves. It restores in ``reset`` whatever it
+changes besides the model.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from typing import Any, ClassVar, Literal, Self, TypedDict
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from trimtab.adaptation import state
 from trimtab.adaptation.batch_stats import MixedBatchNorm
-from trimtab.core import checks
+from trimtab.adaptation.guard import Guard
+from trimtab.adaptation.prepared import Prepared
+from trimtab.core import checks, modules
 from trimtab.core.checks import InputError
 from trimtab.core.modules import BATCH_NORMS, device_of
 from trimtab.core.predictions import logits_of
@@ -42,6 +46,7 @@ class Options(TypedDict, total=False):
     reset_every: int | None
     window: int
     inplace: bool
+    guard: Guard | None
 
 
 class Adapter(nn.Module):
@@ -55,7 +60,9 @@ class Adapter(nn.Module):
 
     Args:
         model: a classifier that maps a batch of n inputs to logits (n, c), c >= 2, or to an object with ``.logits``.
-            It is copied, and stays as it is, unless `inplace`.
+            It is copied, and stays as it is, unless `inplace`. Segmenters, with logits (n, c, ...), are taken by the
+            adapters that say `dense`. In a `DistributedDataParallel`, every process adapts to its own part of the
+            stream, gradients are averaged, and what moves stays the same everywhere.
         steps: updates a batch; 1 as in all papers. What is returned comes from the last forward pass before an update.
         episodic: reset before every batch.
         reset_every: reset after so many updates, as RDumb does (Press et al. 2023); None never does.
@@ -63,9 +70,14 @@ class Adapter(nn.Module):
             passed through the model for its batch statistics; the model is updated each time that the buffer has been
             renewed; the current input's row is returned.
         inplace: change the given model instead of a copy of it.
+        guard: watches for collapse and takes the adapter back; see `Guard`.
 
     Attributes:
         outputs: whether the adapter returns ``"logits"`` or ``"probabilities"``.
+        forwards, backwards: passes of the whole model that one batch implies, at most.
+        dense: whether logits may have more axes after the classes: one prediction a pixel, say.
+        preparation: whether `prepare` must be called before the stream (``"required"``), may be (``"optional"``), or
+            has nothing to do (``"none"``).
         samples, updates, skipped, resets: counters (buffers): inputs seen, optimizer steps made, steps left out because
             the loss or its gradient was not finite, resets. A reset does not clear them.
 
@@ -75,6 +87,10 @@ class Adapter(nn.Module):
     """
 
     outputs: ClassVar[Literal["logits", "probabilities"]] = "logits"
+    forwards: ClassVar[float] = 1
+    backwards: ClassVar[float] = 0
+    dense: ClassVar[bool] = False
+    preparation: ClassVar[Literal["none", "optional", "required"]] = "none"
     samples: Tensor
     updates: Tensor
     skipped: Tensor
@@ -91,12 +107,17 @@ class Adapter(nn.Module):
         reset_every: int | None = None,
         window: int = 1,
         inplace: bool = False,
+        guard: Guard | None = None,
     ):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._group: Any = None
+        if isinstance(model, DistributedDataParallel):
+            self._group, model = model.process_group, model.module
         self.model = model if inplace else deepcopy(model)
         self.model.eval()
+        self.guard = None if guard is None else guard.watching(self.model)
         self.steps = checks.integer(steps, "steps", low=1)
         self.episodic = episodic
         self.reset_every = None if reset_every is None else checks.integer(reset_every, "reset_every", low=1)
@@ -109,6 +130,14 @@ class Adapter(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("recent", torch.empty(0, device=device_of(self.model)))
 
+    @classmethod
+    def prepare(cls, model: nn.Module, loader: Iterable[Any]) -> Prepared:
+        """What this adapter must know before the stream, from batches of the source's data; see `preparation`.
+
+        Adapters that need one override this, with settings of their own.
+        """
+        raise InputError(f"{cls.__name__} needs no preparation")
+
     def _begin(self, choice: Choice | None = None, optimizer: OptimizerFactory | None = None) -> None:
         """Fix what moves and remember where it starts; the last line of every adapter's constructor."""
         self.model.requires_grad_(False)
@@ -117,6 +146,11 @@ class Adapter(nn.Module):
             for name, parameter in choice(self.model).items():
                 if known.get(name) is not parameter:
                     raise InputError(f"parameters_of must choose parameters of the model, {name!r} is none")
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    raise InputError(
+                        f"model must hold the parameters that move in float32, {name!r} is {parameter.dtype}: "
+                        "small updates would be lost; keep them in float32 and run the stream under torch.autocast"
+                    )
                 if not parameter.requires_grad:  # a shared parameter moves once
                     self.moving[name] = parameter
                     parameter.requires_grad_(True).grad = None
@@ -157,6 +191,8 @@ class Adapter(nn.Module):
                 self._restart()
             outputs = self._slide(x) if self.window > 1 and n == 1 else self._learn(x)
             self.samples += n
+            if self.guard is not None:
+                self.guard.look(self, x, outputs.detach())
             return outputs.detach()
 
     def log_probs(self, x: Inputs) -> Float[Tensor, "n c"]:
@@ -189,7 +225,8 @@ class Adapter(nn.Module):
         self.training = mode
         return self
 
-    def _call(self, network: Callable[..., Any], x: Inputs) -> Float[Tensor, "n c"]:
+    def _call(self, network: Callable[..., Any], x: Inputs) -> Float[Tensor, "n c *rest"]:
+        """The logits of `network`, in single precision at least."""
         try:
             logits = logits_of(network, x)
         except ValueError as error:
@@ -199,27 +236,76 @@ class Adapter(nn.Module):
                 f"x must give every channel more than one value for batch statistics ({error}); "
                 "pass larger batches, or set window"
             ) from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        ranked = isinstance(logits, Tensor) and (logits.ndim == 2 or (self.dense and logits.ndim > 2))
+        if not ranked or logits.shape[1] < 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputError(f"model must return logits (n, c) with c >= 2, it returned {shape}")
-        return logits
+            wanted = "(n, c) or (n, c, ...)" if self.dense else "(n, c)"
+            raise InputError(f"model must return logits {wanted} with c >= 2, it returned {shape}")
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
-    def _descend(self, loss: Tensor) -> bool:
-        """One optimizer step down `loss`; False, and counted, where the loss or its gradient is not finite."""
+    def _with_features(
+        self, network: Callable[..., Any], head: nn.Module, x: Inputs
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n c"]]:
+        """What `head`, a layer of `network`, is given in one pass, and the logits; gradients flow through both."""
+        with modules.watch_input(head, detach=False) as seen:
+            logits = self._call(network, x)
+        if len(seen) != 1 or seen[0].ndim != 2 or len(seen[0]) != len(logits):
+            shapes = [tuple(features.shape) for features in seen]
+            raise InputError(f"model must pass its head one feature vector an input, it passed {shapes}; name the head")
+        return seen[0], logits
+
+    def _backward(self, loss: Tensor | None) -> bool:
+        """Leave the gradient of `loss` where the optimizer finds it; False, and counted, where it is not finite.
+
+        None says that nothing is to be learnt from here. In a distributed stream all processes must meet here: each
+        gets the mean over those that do learn.
+        """
         assert self.optimizer is not None
-        if not loss.requires_grad:
+        sound = loss is None or bool(loss.isfinite())
+        if loss is not None and not loss.requires_grad:
             raise InputError("model must let gradients flow from its output to the parameters that move, it does not")
-        sound = bool(loss.isfinite())
-        if sound:
+        if loss is not None and sound:
             torch.autograd.backward(loss)
-            gradients = [parameter.grad for parameter in self.moving.values() if parameter.grad is not None]
-            sound = bool(get_total_norm(gradients).isfinite())
-        if sound:
-            self.optimizer.step()
-            self.updates += 1
-        else:
+        learnt, sound = (loss is not None, sound) if self._group is None else self._average(loss is not None, sound)
+        gradients = [parameter.grad for parameter in self.moving.values() if parameter.grad is not None]
+        sound = sound and (not learnt or bool(get_total_norm(gradients).isfinite()))
+        if not sound:
             self.skipped += 1
+        if not (learnt and sound):
+            self.optimizer.zero_grad()
+        return learnt and sound
+
+    def summed(self, counts: Tensor) -> Tensor:
+        """`counts`, summed over the processes of a distributed stream."""
+        if self._group is not None:
+            torch.distributed.all_reduce(counts, group=self._group)
+        return counts
+
+    def _average(self, learnt: bool, sound: bool) -> tuple[bool, bool]:
+        """Make every gradient the mean over the processes that learn; whether any does, and whether all are sound."""
+        parameters = list(self.moving.values())
+        gradients = [torch.zeros_like(p) if p.grad is None or not sound else p.grad for p in parameters]
+        votes = gradients[0].new_tensor([float(learnt), float(not sound)])
+        pooled = torch.cat([votes, *(gradient.flatten() for gradient in gradients)])
+        torch.distributed.all_reduce(pooled, group=self._group)
+        learners, unsound = int(pooled[0]), int(pooled[1])
+        means = (pooled[2:] / max(learners, 1)).split([p.numel() for p in parameters])
+        for parameter, mean in zip(parameters, means):
+            parameter.grad = mean.view_as(parameter)
+        return learners > 0, unsound == 0
+
+    def _step(self) -> None:
+        """Let the optimizer step along the gradients that are there."""
+        assert self.optimizer is not None
+        self.optimizer.step()
         self.optimizer.zero_grad()
+        self.updates += 1
+
+    def _descend(self, loss: Tensor | None) -> bool:
+        """One optimizer step down `loss`, where there is one and its gradient is finite; whether it was made."""
+        sound = self._backward(loss)
+        if sound:
+            self._step()
         return sound
 
     def _restore(self, network: nn.Module) -> None:
@@ -295,8 +381,13 @@ class Adapter(nn.Module):
         )
 
 
-def entropy(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
-    """Shannon entropy of softmax(logits) in nats, row by row."""
+def rows(logits: Float[Tensor, "n c *rest"]) -> Float[Tensor, "m c"]:
+    """One row a prediction: dense logits (n, c, ...) as (n * ..., c), others as they are."""
+    return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
+
+
+def entropy(logits: Float[Tensor, "n c *rest"]) -> Float[Tensor, "n *rest"]:
+    """Shannon entropy of softmax(logits) in nats, prediction by prediction."""
     log_probs = logits.log_softmax(1)
     return -(log_probs.exp() * log_probs).sum(1)
 

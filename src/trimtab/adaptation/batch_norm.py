@@ -57,6 +57,8 @@ class BatchNormAdapt(Adapter):
         Schneider et al., NeurIPS 2020, https://arxiv.org/abs/2006.16971
     """
 
+    dense = True
+
     def __init__(
         self,
         model: nn.Module,

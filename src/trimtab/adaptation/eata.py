@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options, entropy
 from trimtab.adaptation.batch_stats import use_batch_statistics
+from trimtab.adaptation.prepared import Prepared
 from trimtab.adaptation.state import Tensors
 from trimtab.core import checks, modules, progress
 from trimtab.core.checks import InputError
@@ -44,7 +45,7 @@ class EATA(Adapter):
 
     Args:
         model: a classifier with normalisation layers, logits (n, c).
-        fishers: what `compute_fisher` returned for this model; None leaves the Fisher term out.
+        prepared: what `EATA.prepare` returned for this model, its Fisher values; None leaves the Fisher term out.
         fisher_weight: weight of the Fisher term, >= 0. 2000 in the authors' script for ImageNet-C; later benchmarks
             take 1 for CIFAR-10-C and CIFAR-100-C.
         e_margin: samples whose entropy (nats) is not below it are left out, > 0. Default 0.4 ln(c), the authors'.
@@ -63,12 +64,13 @@ class EATA(Adapter):
         mean_probs: moving average of the selected probabilities (c,); empty before the first.
 
     Raises:
-        InputError: a margin is out of range, or `fishers` does not fit the parameters that move.
+        InputError: a margin is out of range, or `prepared` belongs to another model or to other parameters than those
+            that move.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
         >>> source = [torch.randn(16, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-        >>> eata = EATA(model, fishers=compute_fisher(model, source))
+        >>> eata = EATA(model, prepared=EATA.prepare(model, source))
         >>> eata(source[0] + 2).shape
         torch.Size([16, 2])
         >>> int(eata.selected) <= int(eata.reliable) <= int(eata.samples)
@@ -78,6 +80,8 @@ class EATA(Adapter):
         Niu et al., ICML 2022, https://arxiv.org/abs/2204.02610
     """
 
+    backwards = 1
+    preparation = "optional"
     reliable: Tensor
     selected: Tensor
     mean_probs: Tensor
@@ -87,7 +91,7 @@ class EATA(Adapter):
         self,
         model: nn.Module,
         *,
-        fishers: Mapping[str, Tensor] | None = None,
+        prepared: Prepared | None = None,
         fisher_weight: float = 2000.0,
         e_margin: float | None = None,
         d_margin: float | None = None,
@@ -104,10 +108,66 @@ class EATA(Adapter):
         )
         use_batch_statistics(self.model, train_mode=train_mode)
         self._begin(parameters_of, optimizer)
-        self.fishers = Tensors(self._fitting(fishers or {}))
+        self.fishers = Tensors({} if prepared is None else self._fitting(prepared.check("EATA", model)))
         for name in ("reliable", "selected", "passed_over"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean_probs", torch.empty(0, device=modules.device_of(self.model)))
+
+    @classmethod
+    def prepare(
+        cls,
+        model: nn.Module,
+        loader: Iterable[Any],
+        n: int = 2000,
+        *,
+        parameters_of: Choice = modules.norm_parameters,
+        train_mode: bool = False,
+    ) -> Prepared:
+        """How much each parameter matters for the source: squared gradients of the loss on the model's own labels.
+
+        To be run before the stream, with the same `parameters_of` and `train_mode` as the adapter.
+
+        Args:
+            model: a classifier with normalisation layers; it stays as it is.
+            loader: batches of inputs from the source's domain, 64 each in the authors' script; labels are ignored.
+            n: how many inputs to take, at most; 2000 as the authors do.
+            parameters_of: chooses the parameters, by name.
+            train_mode: as in `EATA`.
+
+        Returns:
+            For each parameter's name the mean over batches of the squared gradient of the batch's mean loss.
+
+        Raises:
+            InputError: the loader is empty, an input is not finite, or a gradient is not.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+            >>> EATA.prepare(model, [torch.randn(16, 3, generator=torch.Generator().manual_seed(0))])
+            Prepared('EATA', {1.weight: (8,), 1.bias: (8,)})
+        """
+        checks.integer(n, "n", low=1)
+        network = use_batch_statistics(deepcopy(model), train_mode=train_mode).requires_grad_(False)
+        parameters = {name: parameter.requires_grad_(True) for name, parameter in parameters_of(network).items()}
+        totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        device = modules.device_of(network)
+        batches = seen = 0
+        for batch in progress.track(loader, "Fisher values"):
+            x, _ = take_apart(batch, device)
+            left = n - seen
+            x = {k: v[:left] for k, v in x.items()} if isinstance(x, Mapping) else checks.finite(x, "x")[:left]
+            with torch.enable_grad():
+                logits = logits_of(network, x)
+                loss = F.cross_entropy(logits, logits.detach().argmax(1))
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+            for total, gradient in zip(totals.values(), gradients):
+                total += gradient.square()
+            batches, seen = batches + 1, seen + len(logits)
+            if seen >= n:
+                break
+        if batches == 0:
+            raise InputError("loader must yield at least one batch, it yielded none")
+        fishers = {name: checks.finite(total / batches, f"the gradient of {name}") for name, total in totals.items()}
+        return Prepared(cls.__name__, fishers, model)
 
     def reset(self) -> None:
         """Return to the source model; the moving average of probabilities is cleared too."""
@@ -118,13 +178,14 @@ class EATA(Adapter):
         logits = self._call(self.model, x)
         entropies = entropy(logits)
         chosen = self._select(logits.detach(), entropies.detach())
+        loss = None
         if len(chosen):
             kept = entropies[chosen]
             e_margin = self._margins(logits.shape[1])[0]
-            loss = ((e_margin - kept.detach()).exp() * kept).mean()
-            self._descend(loss + self._distance())
+            loss = ((e_margin - kept.detach()).exp() * kept).mean() + self._distance()
         elif not bool(entropies.isfinite().all()):
             self.skipped += 1
+        self._descend(loss)
         return logits
 
     def _select(self, logits: Tensor, entropies: Tensor) -> Tensor:
@@ -171,14 +232,9 @@ class EATA(Adapter):
             )
 
     def _fitting(self, fishers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if fishers and set(fishers) != set(self.moving):
+        if set(fishers) != set(self.moving):
             odd = sorted(set(fishers) ^ set(self.moving))
-            raise InputError(f"fishers must hold the names of the parameters that move, they differ in {odd[:4]}")
-        for name, value in fishers.items():
-            if value.shape != self.moving[name].shape:
-                expected, got = tuple(self.moving[name].shape), tuple(value.shape)
-                raise InputError(f"fishers[{name!r}] must have shape {expected}, got {got}")
-            checks.finite(value, f"fishers[{name!r}]")
+            raise InputError(f"prepared must hold the names of the parameters that move, they differ in {odd[:4]}")
         return {name: value.to(self.moving[name]) for name, value in fishers.items()}
 
 
@@ -187,7 +243,7 @@ def ETA(model: nn.Module, **settings: Any) -> EATA:
 
     Args:
         model: a classifier with normalisation layers, logits (n, c).
-        **settings: those of `EATA`, without `fishers` and `fisher_weight`.
+        **settings: those of `EATA`, without `prepared` and `fisher_weight`.
 
     Example:
         >>> eta = ETA(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)), d_margin=0.5)
@@ -197,59 +253,4 @@ def ETA(model: nn.Module, **settings: Any) -> EATA:
     Reference:
         Niu et al., ICML 2022, https://arxiv.org/abs/2204.02610
     """
-    return EATA(model, fishers=None, **settings)
-
-
-def compute_fisher(
-    model: nn.Module,
-    loader: Iterable[Any],
-    n: int = 2000,
-    *,
-    parameters_of: Choice = modules.norm_parameters,
-    train_mode: bool = False,
-) -> dict[str, Tensor]:
-    """How much each parameter matters for the source: squared gradients of the loss on the model's own labels.
-
-    To be run before the stream, with the same `parameters_of` and `train_mode` as the adapter.
-
-    Args:
-        model: a classifier with normalisation layers; it stays as it is.
-        loader: batches of inputs from the source's domain, 64 each in the authors' script; labels are ignored.
-        n: how many inputs to take, at most; 2000 as the authors do.
-        parameters_of: chooses the parameters, by name.
-        train_mode: as in `EATA`.
-
-    Returns:
-        For each parameter's name the mean over batches of the squared gradient of the batch's mean loss: tensors that
-        safetensors saves as they are.
-
-    Raises:
-        InputError: the loader is empty, an input is not finite, or a gradient is not.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
-        >>> fishers = compute_fisher(model, [torch.randn(16, 3, generator=torch.Generator().manual_seed(0))])
-        >>> {name: tuple(value.shape) for name, value in fishers.items()}
-        {'1.weight': (8,), '1.bias': (8,)}
-    """
-    checks.integer(n, "n", low=1)
-    network = use_batch_statistics(deepcopy(model), train_mode=train_mode).requires_grad_(False)
-    parameters = {name: parameter.requires_grad_(True) for name, parameter in parameters_of(network).items()}
-    totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    device = modules.device_of(network)
-    batches = seen = 0
-    for batch in progress.track(loader, "Fisher values"):
-        x, _ = take_apart(batch, device)
-        x = {k: v[: n - seen] for k, v in x.items()} if isinstance(x, Mapping) else checks.finite(x, "x")[: n - seen]
-        with torch.enable_grad():
-            logits = logits_of(network, x)
-            loss = F.cross_entropy(logits, logits.detach().argmax(1))
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        for total, gradient in zip(totals.values(), gradients):
-            total += gradient.square()
-        batches, seen = batches + 1, seen + len(logits)
-        if seen >= n:
-            break
-    if batches == 0:
-        raise InputError("loader must yield at least one batch, it yielded none")
-    return {name: checks.finite(total.detach() / batches, f"the gradient of {name}") for name, total in totals.items()}
+    return EATA(model, prepared=None, **settings)

@@ -67,6 +67,8 @@ class RoTTA(Adapter):
         Yuan et al., CVPR 2023, https://arxiv.org/abs/2303.13899
     """
 
+    forwards = 3
+    backwards = 1
     memory: Tensor
     memory_class: Tensor
     memory_entropy: Tensor

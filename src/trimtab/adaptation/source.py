@@ -30,6 +30,8 @@ class Source(Adapter):
         True
     """
 
+    dense = True
+
     def __init__(self, model: nn.Module, **options: Unpack[Options]):
         super().__init__(model, **options)
         self._begin()

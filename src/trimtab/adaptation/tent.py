@@ -48,6 +48,9 @@ class Tent(Adapter):
         Wang et al., ICLR 2021, https://arxiv.org/abs/2006.10726
     """
 
+    backwards = 1
+    dense = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -21,7 +21,6 @@ from trimtab.adaptation import (
     RoTTA,
     Source,
     Tent,
-    compute_fisher,
     run_stream,
 )
 from trimtab.audit import setup as setups
@@ -35,7 +34,7 @@ NONE = "none"
 
 
 def _eata(model: nn.Module, calibration: Iterable[Any]) -> Adapter:
-    return EATA(model, fishers=compute_fisher(model, calibration, 2000))
+    return EATA(model, prepared=EATA.prepare(model, calibration))
 
 
 ADAPTERS: dict[str, Callable[[nn.Module, Iterable[Any]], Adapter]] = {

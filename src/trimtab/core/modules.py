@@ -11,9 +11,47 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trimtab.core.checks import InputError
 
+
+class BatchNormStandIn(nn.Module):
+    """A layer in the place of a batch normalisation layer, whose weight and bias (the same parameters) it holds.
+
+    `NORMS` counts it among the normalisation layers, so adapters let it move as they do the layer that it stands for.
+    What a subclass remembers of a batch, it stores by assigning a new tensor to a buffer, never in place.
+
+    Args:
+        layer: the layer whose statistics, weight, bias and eps are taken over.
+
+    Raises:
+        InputError: the layer keeps no running statistics.
+    """
+
+    source_mean: Tensor
+    source_var: Tensor
+
+    def __init__(self, layer: _BatchNorm):
+        super().__init__()
+        if layer.running_mean is None or layer.running_var is None:
+            raise InputError(f"model must keep running statistics in its batch normalisation layers, {layer} does not")
+        self.register_buffer("source_mean", layer.running_mean)
+        self.register_buffer("source_var", layer.running_var)
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.eps = layer.eps
+
+    def _normalise(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """weight (x - mean) / sqrt(var + eps) + bias, with a mean and a variance a channel, (c,) or (n, c)."""
+        scale = (var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        shape = (*mean.shape, *(1,) * (x.ndim - 2))
+        return torch.addcmul(shift.view(shape), x, scale.view(shape))
+
+
 BATCH_NORMS = (_BatchNorm,)
 NORMS = (
     _BatchNorm,
+    BatchNormStandIn,
     nn.LayerNorm,
     nn.GroupNorm,
     nn.InstanceNorm1d,
@@ -79,11 +117,21 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
+def head(model: nn.Module, name: str | None = None) -> nn.Linear:
+    """The linear layer that turns features into logits: the one called `name`, or the last in `model`."""
+    if name is None:
+        return last_linear(model)
+    found = submodule(model, name)
+    if not isinstance(found, nn.Linear):
+        raise InputError(f"model must have an nn.Linear named {name!r} as its head, got {type(found).__name__}")
+    return found
+
+
 @contextmanager
-def watch_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """A list to which each forward pass of `module` in this block appends its (detached) first input."""
+def watch_input(module: nn.Module, *, detach: bool = True) -> Iterator[list[Tensor]]:
+    """A list to which each forward pass of `module` in this block appends its first input, detached unless told not."""
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach() if detach else args[0]))
     try:
         yield seen
     finally:

@@ -240,6 +240,11 @@ def take_apart(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
 
 
 def logits_of(model: Callable[..., Any], inputs: Any) -> Tensor:
-    """What `model` says about one batch: its output, or the ``.logits`` of its output; a mapping holds keywords."""
+    """What `model` says about one batch; a mapping holds keywords.
+
+    That is its output, or the ``.logits`` of its output (transformers), or the ``["out"]`` (torchvision's segmenters).
+    """
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(output, dict) and "out" in output:
+        return output["out"]
     return getattr(output, "logits", output)

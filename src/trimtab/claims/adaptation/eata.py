@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 
-from trimtab.adaptation import EATA, ETA, BatchNormAdapt, Tent, compute_fisher, run_stream
+from trimtab.adaptation import EATA, ETA, BatchNormAdapt, Tent, run_stream
 from trimtab.claims.adaptation.world import World
 from trimtab.claims.base import Claim, Expectation
 
@@ -29,14 +29,14 @@ def run(seed: int) -> dict[str, float]:
 
     domains = [DataLoader(world.samples(1500, world.domain()), BATCH) for _ in range(4)]
     source = DataLoader(world.samples(3000), BATCH)
-    fishers = compute_fisher(network, DataLoader(world.samples(2000), 64))
+    fishers = EATA.prepare(network, DataLoader(world.samples(2000), 64))
     fast = partial(torch.optim.Adam, lr=3e-2)
     adapters = {
         "norm": BatchNormAdapt(network),
         "tent": Tent(network, optimizer=fast),
         "eta": ETA(network, d_margin=D_MARGIN, optimizer=fast),
-        "eata": EATA(network, fishers=fishers, fisher_weight=2e3, d_margin=D_MARGIN, optimizer=fast),
-        "eata strong": EATA(network, fishers=fishers, fisher_weight=2e5, d_margin=D_MARGIN, optimizer=fast),
+        "eata": EATA(network, prepared=fishers, fisher_weight=2e3, d_margin=D_MARGIN, optimizer=fast),
+        "eata strong": EATA(network, prepared=fishers, fisher_weight=2e5, d_margin=D_MARGIN, optimizer=fast),
     }
     for name, adapter in adapters.items():
         accuracies = [run_stream(adapter, domain).accuracy for domain in domains]

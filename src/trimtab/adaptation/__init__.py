@@ -7,6 +7,7 @@ from trimtab.adaptation.cotta import CoTTA
 from trimtab.adaptation.eata import EATA, ETA
 from trimtab.adaptation.guard import Guard
 from trimtab.adaptation.lame import LAME
+from trimtab.adaptation.ostta import OSTTA, confidence_filter
 from trimtab.adaptation.prepared import Prepared
 from trimtab.adaptation.rotta import RoTTA
 from trimtab.adaptation.source import Source
@@ -21,6 +22,7 @@ __all__ = [
     "EATA",
     "ETA",
     "LAME",
+    "OSTTA",
     "Adapter",
     "BatchNormAdapt",
     "CoTTA",
@@ -29,6 +31,7 @@ __all__ = [
     "RoTTA",
     "Source",
     "Tent",
+    "confidence_filter",
     "run_stream",
     "strong_augment",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 from toynet import ToyNet, built, seeded_net, stream
 
 from trimtab.adaptation import ADAPTERS, EATA, ETA, LAME, BatchNormAdapt, CoTTA, RoTTA, Source, Tent
-from trimtab.adaptation.base import Adapter, entropy, follow
+from trimtab.adaptation.base import Adapter, entropy, follow, rows
 from trimtab.core.checks import InputError
 from trimtab.core.modules import all_parameters
 
@@ -563,8 +563,22 @@ def test_one_value_a_channel_is_refused_in_words(build):
     ],
 )
 def test_models_that_do_not_classify_are_refused(net, shape):
+    class OneRow(Source):
+        dense = False
+
     with pytest.raises(InputError, match=f"c >= 2, it returned {shape}"):
-        CoTTA(built(net))(torch.zeros(4, 3))
+        OneRow(built(net))(torch.zeros(4, 3))
+
+
+def test_dense_predictions():
+    segmenter = built(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)))
+    tent = Tent(segmenter)
+    outputs = tent(stream()[0])
+    assert outputs.shape == (12, 4, 6, 6)
+    assert int(tent.updates) == 1
+    assert rows(outputs).shape == (12 * 36, 4)
+    assert torch.equal(rows(outputs)[36 + 7], outputs[1, :, 1, 1])
+    torch.testing.assert_close(entropy(outputs).flatten(), entropy(rows(outputs)))
 
 
 @pytest.mark.bad_input

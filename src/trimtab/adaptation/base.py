@@ -9,6 +9,7 @@ changes besides the model.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from trimtab.adaptation import state
-from trimtab.adaptation.batch_stats import MixedBatchNorm
+from trimtab.adaptation.batch_stats import MixedBatchNorm, held
 from trimtab.adaptation.guard import Guard
 from trimtab.adaptation.prepared import Prepared
 from trimtab.core import checks, modules
@@ -172,7 +173,7 @@ class Adapter(nn.Module):
         """Predict one batch and change nothing."""
         return self._call(self.model, x)
 
-    def forward(self, x: Inputs, labels: None = None) -> Float[Tensor, "n c"]:
+    def forward(self, x: Inputs, labels: None = None) -> Float[Tensor, "n c *rest"]:
         """Predict and adapt.
 
         Args:
@@ -183,7 +184,7 @@ class Adapter(nn.Module):
             raise InputError("labels must not be given: an adapter learns from inputs alone")
         n = _checked_size(x)
         if self._frozen:
-            with torch.no_grad():
+            with torch.no_grad(), held(self):
                 return self._slide(x) if self.window > 1 and n == 1 else self._predict(x)
         with torch.inference_mode(False), torch.enable_grad():
             x = {name: _usable(value) for name, value in x.items()} if isinstance(x, Mapping) else _usable(x)
@@ -195,7 +196,7 @@ class Adapter(nn.Module):
                 self.guard.look(self, x, outputs.detach())
             return outputs.detach()
 
-    def log_probs(self, x: Inputs) -> Float[Tensor, "n c"]:
+    def log_probs(self, x: Inputs) -> Float[Tensor, "n c *rest"]:
         """Predict and adapt, as a call does; returns log-probabilities whatever the adapter's `outputs`."""
         outputs: Tensor = self(x)
         if self.outputs == "logits":
@@ -224,6 +225,14 @@ class Adapter(nn.Module):
         """Set the flag of the adapter alone: the networks inside keep the modes that they were configured with."""
         self.training = mode
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Go on where `state_dict`, taken from an adapter that was built in the same way, stopped."""
+        if not hasattr(state_dict, "_metadata"):  # from a file, it lacks the versions of the layers: they are these
+            versions = self.state_dict()._metadata  # type: ignore[attr-defined]
+            state_dict = OrderedDict(state_dict)
+            state_dict._metadata = versions  # type: ignore[attr-defined]
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _call(self, network: Callable[..., Any], x: Inputs) -> Float[Tensor, "n c *rest"]:
         """The logits of `network`, in single precision at least."""
@@ -342,7 +351,7 @@ class Adapter(nn.Module):
             self.singles += 1
             if int(self.singles) % self.window == 0:
                 return self._learn(rows)[-1:]
-        with torch.no_grad(), _source_statistics(self if len(rows) == 1 else nn.Identity()):
+        with torch.no_grad(), held(self), _source_statistics(self if len(rows) == 1 else nn.Identity()):
             return self._predict(rows if self._rows_interact else x)[-1:]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -142,7 +142,7 @@ def test_the_filter(seed, n, c):
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"diversity_weight": -0.1}, "diversity_weight must lie in"), ({"margin": 1.1}, "margin must lie in")],
+    [({"diversity_weight": -0.1}, "diversity_weight must lie in"), ({"margin": -1.1}, "margin must lie in")],
 )
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(InputError, match=message):

@@ -12,6 +12,11 @@ followed: the entropy is a mean over the samples that pass, and the source model
 the step is made on the second term alone; there the re-implementation's loss is NaN in value, with the same gradient.
 The logarithm of a mean probability that underflows is finite here. A later variant for CLIP asks for a gain of 0.05
 (`margin`); that it learns from everything where nothing passes is not followed.
+
+What we found: the second term, borrowed from SWR, does most of the work. On clusters of which half are unknown, after
+eight rounds (the claim, seeds 100 to 104), Tent keeps 55 % of the known inputs right, with the filter alone it would be
+74 %, with the second term alone 81 %, with both 82 %, and plain batch statistics keep 81 %. On short or mild streams,
+where Tent does not collapse, the filter costs a little: it learns from fewer samples.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ class OSTTA(Adapter):
         diversity_weight: weight of the entropy of the mean prediction, maximised; the paper's lambda_max, >= 0.
             0.25 is what the paper takes for classification, as far as we know; the re-implementation searches among
             0.1, 0.2, 0.5 and 1.
-        margin: by how much the confidence must have grown, in [0, 1]; 0.
+        margin: by how much the confidence must have grown, in [-1, 1]; 0. At -1 everything passes.
         source_statistics: let the source model use its own statistics, not those of the batch.
         optimizer: builds the optimizer from the parameters that move. Default Adam 1e-3, for CIFAR.
         parameters_of: chooses the parameters that move, by name; weights and biases of all normalisation layers.
@@ -87,7 +92,7 @@ class OSTTA(Adapter):
     ):
         super().__init__(model, **options)
         self.diversity_weight = checks.number(diversity_weight, "diversity_weight", low=0.0)
-        self.margin = checks.number(margin, "margin", low=0.0, high=1.0)
+        self.margin = checks.number(margin, "margin", low=-1.0, high=1.0)
         self.original = deepcopy(self.model).requires_grad_(False) if source_statistics else None
         use_batch_statistics(self.model, train_mode=train_mode)
         self._begin(parameters_of, optimizer)

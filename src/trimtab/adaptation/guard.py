@@ -34,8 +34,8 @@ class Guard(nn.Module):
     two adapter states more.
 
     Args:
-        action: ``"reset"`` returns to the source model; ``"roll back"`` to the state of the last but one healthy look
-            that was kept, and to the source if there is none; ``"warn"`` does nothing else. All warn.
+        action: ``"reset"`` returns to the source model; ``"roll back"`` to a healthy state from two to four times
+            `memory` predictions ago, and to the source where there is none; ``"warn"`` does nothing else. All warn.
         every: look at every so-many-th batch, >= 1.
         memory: how many of the last predictions the judgement rests on, >= 2: each counts exp(-age / memory). Nothing
             is judged before half of it is full.
@@ -153,7 +153,7 @@ class Guard(nn.Module):
     def _take_back(self, adapter: Adapter) -> str:
         if self.action == "warn":
             return "it goes on"
-        if not self.kept:
+        if self.action == "reset" or len(self.kept) < 2:
             adapter.reset()
             return "it was reset to the source model"
         now = adapter.state_dict()
@@ -163,8 +163,8 @@ class Guard(nn.Module):
         return "it was rolled back to an earlier state"
 
     def _keep(self, adapter: Adapter) -> None:
-        """Remember a healthy state and the one before it, half a memory apart or more: the later one may be tainted."""
-        if self.kept and float(self.fresh) < self.memory / 2:
+        """Remember a healthy state and the one before it, two memories apart: a collapse is seen no later than that."""
+        if self.kept and float(self.fresh) < 2 * self.memory:
             return
         state = {name: value.clone() for name, value in adapter.state_dict().items() if not _stays(name)}
         self.kept = [*self.kept[-1:], state]

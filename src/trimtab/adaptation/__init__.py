@@ -1,14 +1,20 @@
 """After deployment, on the stream: adapters that follow a shift without labels."""
 
+from trimtab.adaptation.adanpc import AdaNPC
 from trimtab.adaptation.augment import strong_augment
 from trimtab.adaptation.base import Adapter
 from trimtab.adaptation.batch_norm import BatchNormAdapt
 from trimtab.adaptation.cotta import CoTTA
 from trimtab.adaptation.eata import EATA, ETA
 from trimtab.adaptation.guard import Guard
+from trimtab.adaptation.itta import ITTA
+from trimtab.adaptation.itta_training import ITTATrainer
 from trimtab.adaptation.lame import LAME
+from trimtab.adaptation.neighbours import NonParametricClassifier, NonParametricLoss
+from trimtab.adaptation.objectives import symmetric_cross_entropy, view_contrast
 from trimtab.adaptation.ostta import OSTTA, confidence_filter
 from trimtab.adaptation.prepared import Prepared
+from trimtab.adaptation.rmt import RMT
 from trimtab.adaptation.rotta import RoTTA
 from trimtab.adaptation.source import Source
 from trimtab.adaptation.stream import run_stream
@@ -21,12 +27,18 @@ __all__ = [
     "ADAPTERS",
     "EATA",
     "ETA",
+    "ITTA",
     "LAME",
     "OSTTA",
+    "RMT",
+    "AdaNPC",
     "Adapter",
     "BatchNormAdapt",
     "CoTTA",
     "Guard",
+    "ITTATrainer",
+    "NonParametricClassifier",
+    "NonParametricLoss",
     "Prepared",
     "RoTTA",
     "Source",
@@ -34,4 +46,6 @@ __all__ = [
     "confidence_filter",
     "run_stream",
     "strong_augment",
+    "symmetric_cross_entropy",
+    "view_contrast",
 ]

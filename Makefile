@@ -4,13 +4,15 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+VISION ?= .venv-vision
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs claims bench clean
+.PHONY: help demo test test-vision lint docs claims bench clean
 
 help:
 	@echo "make demo    train a small network, audit it, leave the report in out/demo"
 	@echo "make test    ruff, mypy, import-linter, pytest"
+	@echo "make test-vision  pytest with timm, open_clip and torchvision, in an environment of their own"
 	@echo "make lint    the first three of these"
 	@echo "make docs    build the documentation into site/"
 	@echo "make claims  measure the quick claims again and compare with the published verdicts"
@@ -22,6 +24,9 @@ demo: $(VENV)/.run
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+test-vision: $(VISION)/.dev
+	OMP_NUM_THREADS=1 $(VISION)/bin/pytest -n 2 -q -m vision tests/adaptation
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -61,5 +66,12 @@ $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'
 	@touch $@
 
+# torchvision needs another torch than the one that everything else runs with
+$(VISION)/.dev: pyproject.toml constraints-vision.txt
+	$(PYTHON) -m venv $(VISION)
+	@echo "installing timm, open_clip and torchvision into $(VISION): some minutes and 6 GB the first time"
+	$(VISION)/bin/pip install --quiet --disable-pip-version-check -c constraints-vision.txt -e '.[vision-dev]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) out site
+	rm -rf $(VENV) $(VISION) out site

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -27,6 +28,14 @@ jaxtyping.install_import_hook("trimtab", "trimtab_shapes.check")
 GOLDEN = Path(__file__).parent / "golden"
 settings.register_profile("trimtab", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("trimtab")
+
+
+def pytest_collection_modifyitems(items):
+    if find_spec("open_clip") and find_spec("timm"):
+        return
+    for item in items:
+        if item.get_closest_marker("vision"):
+            item.add_marker(pytest.mark.skip(reason="needs timm and open_clip: make test-vision"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,17 @@
 """After deployment, on the stream: adapters that follow a shift without labels."""
 
 from trimtab.adaptation.adanpc import AdaNPC
+from trimtab.adaptation.alpha_bn import AlphaBN, CoRe, from_prior
 from trimtab.adaptation.augment import strong_augment
 from trimtab.adaptation.base import Adapter
 from trimtab.adaptation.batch_norm import BatchNormAdapt
+from trimtab.adaptation.cafa import CAFA
 from trimtab.adaptation.cotta import CoTTA
 from trimtab.adaptation.eata import EATA, ETA
 from trimtab.adaptation.guard import Guard
 from trimtab.adaptation.itta import ITTA
 from trimtab.adaptation.itta_training import ITTATrainer
+from trimtab.adaptation.label_shift import LabelShiftAdapter, PriorShiftCorrection
 from trimtab.adaptation.lame import LAME
 from trimtab.adaptation.neighbours import NonParametricClassifier, NonParametricLoss
 from trimtab.adaptation.objectives import symmetric_cross_entropy, view_contrast
@@ -19,12 +22,15 @@ from trimtab.adaptation.rotta import RoTTA
 from trimtab.adaptation.source import Source
 from trimtab.adaptation.stream import run_stream
 from trimtab.adaptation.tent import Tent
+from trimtab.adaptation.token_condensation import TokenCondensation
+from trimtab.adaptation.unmix_tns import UnMixTNS, unmix
 
 ADAPTERS: tuple[type[Adapter], ...] = (Source, BatchNormAdapt, Tent, EATA, CoTTA, RoTTA, LAME)
 """Every adapter; each works as ``adapter(model)``."""
 
 __all__ = [
     "ADAPTERS",
+    "CAFA",
     "EATA",
     "ETA",
     "ITTA",
@@ -33,19 +39,27 @@ __all__ = [
     "RMT",
     "AdaNPC",
     "Adapter",
+    "AlphaBN",
     "BatchNormAdapt",
+    "CoRe",
     "CoTTA",
     "Guard",
     "ITTATrainer",
+    "LabelShiftAdapter",
     "NonParametricClassifier",
     "NonParametricLoss",
     "Prepared",
+    "PriorShiftCorrection",
     "RoTTA",
     "Source",
     "Tent",
+    "TokenCondensation",
+    "UnMixTNS",
     "confidence_filter",
+    "from_prior",
     "run_stream",
     "strong_augment",
     "symmetric_cross_entropy",
+    "unmix",
     "view_contrast",
 ]

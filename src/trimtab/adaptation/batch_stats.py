@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trimtab.core import checks
 from trimtab.core.checks import InputError
-from trimtab.core.modules import BATCH_NORMS, replace
+from trimtab.core.modules import BATCH_NORMS, BatchNormStandIn, replace
 
 
 def use_batch_statistics(model: nn.Module, *, train_mode: bool = False) -> nn.Module:
@@ -36,18 +40,60 @@ def use_batch_statistics(model: nn.Module, *, train_mode: bool = False) -> nn.Mo
     return model
 
 
-def mix_statistics(model: nn.Module, alpha: float, *, unbiased: bool, follow: bool) -> nn.Module:
-    """Swap every batch normalisation layer of `model`, in place, for a `MixedBatchNorm`; returns the model."""
+def mix_statistics(
+    model: nn.Module,
+    alpha: float | Sequence[float] | Mapping[str, float],
+    *,
+    unbiased: bool = True,
+    follow: bool = False,
+    detach: bool = False,
+) -> nn.Module:
+    """Swap every batch normalisation layer of `model`, in place, for a `MixedBatchNorm`; returns the model.
+
+    Args:
+        model: changed in place, and put in eval mode.
+        alpha: weight of the batch, in [0, 1]: one for all layers, or one for each, as in `by_layer`.
+        unbiased, follow, detach: as in `MixedBatchNorm`.
+
+    Raises:
+        InputError: a layer keeps no running statistics; `alpha` is out of range, or does not fit the layers.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    alphas = by_layer(model, alpha, "alpha")
 
     def build(layer: nn.Module) -> nn.Module:
         assert isinstance(layer, _BatchNorm)
-        return MixedBatchNorm(layer, alpha, unbiased=unbiased, follow=follow)
+        return MixedBatchNorm(layer, alphas[names[layer]], unbiased=unbiased, follow=follow, detach=detach)
 
     return replace(model, BATCH_NORMS, build).eval()
 
 
-class MixedBatchNorm(nn.Module):
-    """Batch normalisation by (1 - alpha) source statistics + alpha batch statistics; gradients flow through both.
+def by_layer(
+    model: nn.Module, weight: float | Sequence[float] | Mapping[str, float], argument: str
+) -> dict[str, float]:
+    """A weight in [0, 1] for each batch normalisation layer of `model`, by its name.
+
+    Args:
+        model: its layers are taken in the order of ``named_modules()``, a shared one once.
+        weight: one for all layers, a list with one a layer, or a mapping that names every layer.
+        argument: what messages call `weight`.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
+    if isinstance(weight, Mapping):
+        if set(weight) != set(names):
+            raise InputError(f"{argument} must name every batch normalisation layer, {names}, it names {list(weight)}")
+        weights = dict(weight)
+    elif isinstance(weight, Sequence):
+        if len(weight) != len(names):
+            raise InputError(f"{argument} must hold one number for each of {names}, it holds {len(weight)}")
+        weights = dict(zip(names, weight))
+    else:
+        weights = dict.fromkeys(names, checks.number(weight, argument, low=0.0, high=1.0))
+    return {name: checks.number(w, f"{argument} of {name!r}", low=0.0, high=1.0) for name, w in weights.items()}
+
+
+class MixedBatchNorm(BatchNormStandIn):
+    """Batch normalisation by (1 - alpha) source statistics + alpha batch statistics.
 
     Args:
         layer: the batch normalisation layer whose statistics, weight and bias (the same parameters) are taken over.
@@ -55,26 +101,20 @@ class MixedBatchNorm(nn.Module):
         unbiased: use Bessel's correction in the variance of the batch.
         follow: in train mode store every mixture as the new source statistics, in eval mode use the stored ones as
             they are. False mixes in both modes and stores nothing.
+        detach: take the statistics of the batch for constants; by default gradients flow through them.
 
     Raises:
-        InputError: the layer keeps no running statistics.
+        InputError: the layer keeps no running statistics; at a call, a channel has one value and `unbiased`.
     """
 
-    source_mean: Tensor
-    source_var: Tensor
-
-    def __init__(self, layer: _BatchNorm, alpha: float, *, unbiased: bool, follow: bool):
-        super().__init__()
-        if layer.running_mean is None or layer.running_var is None:
-            raise InputError(f"model must keep running statistics in its batch normalisation layers, {layer} does not")
-        self.register_buffer("source_mean", layer.running_mean)
-        self.register_buffer("source_var", layer.running_var)
-        self.weight = layer.weight
-        self.bias = layer.bias
-        self.eps = layer.eps
+    def __init__(
+        self, layer: _BatchNorm, alpha: float, *, unbiased: bool = True, follow: bool = False, detach: bool = False
+    ):
+        super().__init__(layer)
         self.alpha = alpha
         self.unbiased = unbiased
         self.follow = follow
+        self.detach = detach
 
     def forward(self, x: Float[Tensor, "n c *rest"]) -> Float[Tensor, "n c *rest"]:
         """Normalise."""
@@ -85,18 +125,41 @@ class MixedBatchNorm(nn.Module):
                 f"x must hold more than one value a channel for an unbiased variance, got {tuple(x.shape)}"
             )
         over = [axis for axis in range(x.ndim) if axis != 1]
-        by_channel = (-1, *(1,) * (x.ndim - 2))
-        values = x.to(self.source_mean.dtype)
-        # in two steps: on the CPU torch.var_mean takes five times as long
-        batch_mean = values.mean(over)
-        squares = (values - batch_mean.view(by_channel)).square().sum(over)
-        batch_var = squares / (x.numel() // x.shape[1] - int(self.unbiased))
+        values = x.to(torch.promote_types(self.source_mean.dtype, torch.float32))
+        seen = values.detach() if self.detach else values
+        batch_mean = seen.mean(over)
+        batch_var = squares(seen, batch_mean).sum(0) / (x.numel() // x.shape[1] - int(self.unbiased))
         mean = (1 - self.alpha) * self.source_mean + self.alpha * batch_mean
         var = (1 - self.alpha) * self.source_var + self.alpha * batch_var
         if self.follow:
             self.source_mean, self.source_var = mean.detach(), var.detach()
-        scale = (var + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        return torch.addcmul(shift.view(by_channel), values, scale.view(by_channel)).to(x.dtype)
+        return self._normalise(values, mean, var).to(x.dtype)
+
+
+def squares(x: Float[Tensor, "n c *rest"], mean: Tensor) -> Float[Tensor, "n c"]:
+    """Sums over the map of (x - mean)^2, with a mean a channel, (c,) or (n, c)."""
+    centred = x - mean.view(*mean.shape, *(1,) * (x.ndim - 2))
+    # a norm takes half the time of squares and their sum on the CPU, torch.var_mean several times as long
+    return torch.linalg.vector_norm(centred.reshape(*x.shape[:2], -1), dim=2).square()
+
+
+def statistics(model: nn.Module) -> list[tuple[BatchNormStandIn, dict[str, Tensor]]]:
+    """What the layers in the place of batch normalisation remember now, for `put_back`."""
+    return [(m, dict(m.named_buffers())) for m in model.modules() if isinstance(m, BatchNormStandIn)]
+
+
+def put_back(before: list[tuple[BatchNormStandIn, dict[str, Tensor]]]) -> None:
+    """Give layers the `statistics` that they had."""
+    for layer, buffers in before:
+        for name, value in buffers.items():
+            setattr(layer, name, value)
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Whatever the layers of `model` in the place of batch normalisation remember of this block is forgotten."""
+    before = statistics(model)
+    try:
+        yield
+    finally:
+        put_back(before)

@@ -45,7 +45,7 @@ class BatchNormStandIn(nn.Module):
             scale = scale * self.weight
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
         shape = (*mean.shape, *(1,) * (x.ndim - 2))
-        return torch.addcmul(shift.view(shape), x, scale.view(shape))
+        return (x * scale.view(shape)).add_(shift.view(shape))
 
 
 BATCH_NORMS = (_BatchNorm,)

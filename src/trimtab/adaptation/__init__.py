@@ -7,18 +7,22 @@ from trimtab.adaptation.base import Adapter
 from trimtab.adaptation.batch_norm import BatchNormAdapt
 from trimtab.adaptation.cafa import CAFA
 from trimtab.adaptation.cotta import CoTTA
+from trimtab.adaptation.destroy import occlude, permute_patches, permute_pixels, shuffle_patches, shuffle_pixels
+from trimtab.adaptation.deyo import DeYO
 from trimtab.adaptation.eata import EATA, ETA
 from trimtab.adaptation.guard import Guard
 from trimtab.adaptation.itta import ITTA
 from trimtab.adaptation.itta_training import ITTATrainer
 from trimtab.adaptation.label_shift import LabelShiftAdapter, PriorShiftCorrection
 from trimtab.adaptation.lame import LAME
+from trimtab.adaptation.lower_norms import lower_norm_parameters
 from trimtab.adaptation.neighbours import NonParametricClassifier, NonParametricLoss
 from trimtab.adaptation.objectives import symmetric_cross_entropy, view_contrast
 from trimtab.adaptation.ostta import OSTTA, confidence_filter
 from trimtab.adaptation.prepared import Prepared
 from trimtab.adaptation.rmt import RMT
 from trimtab.adaptation.rotta import RoTTA
+from trimtab.adaptation.sar import SAR
 from trimtab.adaptation.source import Source
 from trimtab.adaptation.stream import run_stream
 from trimtab.adaptation.tent import Tent
@@ -37,12 +41,14 @@ __all__ = [
     "LAME",
     "OSTTA",
     "RMT",
+    "SAR",
     "AdaNPC",
     "Adapter",
     "AlphaBN",
     "BatchNormAdapt",
     "CoRe",
     "CoTTA",
+    "DeYO",
     "Guard",
     "ITTATrainer",
     "LabelShiftAdapter",
@@ -57,7 +63,13 @@ __all__ = [
     "UnMixTNS",
     "confidence_filter",
     "from_prior",
+    "lower_norm_parameters",
+    "occlude",
+    "permute_patches",
+    "permute_pixels",
     "run_stream",
+    "shuffle_patches",
+    "shuffle_pixels",
     "strong_augment",
     "symmetric_cross_entropy",
     "unmix",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,16 +47,16 @@ class World:
         matrix = torch.eye(DIMENSIONS) + 2 * mix * self._normal(DIMENSIONS, DIMENSIONS) / DIMENSIONS**0.5
         return Domain(matrix, 2 * mix * self._normal(DIMENSIONS))
 
-    def network(self) -> nn.Module:
-        """Two convolutions with batch normalisation and a linear layer, trained on the source."""
+    def network(self, normalise: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
+        """Two convolutions with normalisation and a linear layer, trained on the source."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             net = nn.Sequential(
                 nn.Conv2d(DIMENSIONS, WIDTH, 1, bias=False),
-                nn.BatchNorm2d(WIDTH),
+                normalise(WIDTH),
                 nn.ReLU(),
                 nn.Conv2d(WIDTH, WIDTH, 1),
-                nn.BatchNorm2d(WIDTH),
+                normalise(WIDTH),
                 nn.ReLU(),
                 nn.Flatten(),
                 nn.Linear(WIDTH, CLASSES),

@@ -1,0 +1,182 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from toynet import Golden, golden_files, seeded_net, stream
+
+from trimtab.adaptation.base import entropy
+from trimtab.adaptation.destroy import occlude, permute_patches, permute_pixels, shuffle_pixels
+from trimtab.adaptation.deyo import DeYO
+from trimtab.core.checks import InputError
+
+SLUG = "62-deyo"
+SGD = partial(torch.optim.SGD, lr=0.05)
+OPEN = {"e_margin": 2.0, "plpd_margin": -1.0, "optimizer": SGD}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("precision", ["f64", "f32"])
+@pytest.mark.parametrize("path", golden_files(SLUG, "x", "n_final"))
+def test_golden(path, precision):
+    golden = Golden(path, precision)
+    if not golden.precise:
+        pytest.skip(f"{path.name} has no results in {precision}")
+    cfg = golden.cfg
+    t = 0
+
+    def destroy(images, generator):
+        if cfg["aug_type"] == "occ":
+            window = (cfg["row_start"], cfg["column_start"], cfg["occlusion_size"])
+            return occlude(images, window=tuple(map(int, window)))
+        order = golden.tensor(f"perm.{t}")
+        return permute_pixels(images, order) if cfg["aug_type"] == "pixel" else permute_patches(images, order)
+
+    deyo = DeYO(
+        golden.net(),
+        e_margin=cfg["deyo_margin"],
+        e_reference=cfg["margin_e0"],
+        plpd_margin=cfg["plpd_threshold"],
+        weigh_entropy=bool(cfg["reweight_ent"]),
+        weigh_plpd=bool(cfg["reweight_plpd"]),
+        destroy=destroy,
+        optimizer=golden.optimizer(),
+    )
+    assert list(deyo.moving) == golden.arrays["adapted_names"].tolist()
+    deyo.samples += 1  # no trial run of `destroy`: the orders are there for the sure images alone
+    steps = {"outputs": [], "bn1_weight_after": [], "n_entropy": [], "n_final": []}
+    for t, x in enumerate(golden.tensor("x")):  # noqa: B007
+        reliable, selected = deyo.reliable.clone(), deyo.selected.clone()
+        steps["outputs"].append(deyo(x))
+        steps["bn1_weight_after"].append(deyo.model.bn1.weight.detach().clone())
+        steps["n_entropy"].append(deyo.reliable - reliable)
+        steps["n_final"].append(deyo.selected - selected)
+    for name, values in steps.items():
+        golden.check(name, torch.stack(values))
+    golden.check_network("final", deyo.model)
+    golden.finish()
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("weigh_entropy", [True, False])
+@pytest.mark.parametrize("weigh_plpd", [True, False])
+def test_the_step_is_the_paper_s(norm, weigh_entropy, weigh_plpd):
+    net, xs = seeded_net(norm=norm), 3 * stream(batches=6)
+    deyo = DeYO(net, weigh_entropy=weigh_entropy, weigh_plpd=weigh_plpd, e_reference=1.0, destroy=occlude, **OPEN)
+    with torch.no_grad():
+        deyo.e_margin = float(entropy(deyo.model(xs.flatten(0, 1))).quantile(0.8))
+    deyo.plpd_margin = 0.01
+    reliable = selected = updates = 0
+    for x in xs:
+        before = {n: p.detach().clone().requires_grad_() for n, p in deyo.moving.items()}
+
+        def network(x, before=before):
+            return torch.func.functional_call(deyo.model, before, (x,))
+
+        logits = network(x)
+        sure = [i for i in range(len(x)) if entropy(logits)[i] < deyo.e_margin]
+        destroyed = network(occlude(x)[sure]).softmax(1) if sure else []
+        terms = []
+        for i, p in zip(sure, destroyed):
+            best = int(logits[i].argmax())
+            plpd = float((logits[i].softmax(0)[best] - p[best]).detach())
+            if plpd > 0.01:
+                h = entropy(logits)[i]
+                weight = weigh_entropy * math.exp(1 - float(h)) + weigh_plpd * math.exp(plpd)
+                terms.append(h * (weight if weigh_entropy or weigh_plpd else 1))
+        reliable, selected, updates = reliable + len(sure), selected + len(terms), updates + bool(terms)
+        expected = before
+        if terms:
+            slope = torch.autograd.grad(sum(terms) / len(terms), list(before.values()))
+            expected = {n: p - 0.05 * g for (n, p), g in zip(before.items(), slope)}
+        torch.testing.assert_close(deyo(x), logits.detach())
+        for name, parameter in deyo.moving.items():
+            torch.testing.assert_close(parameter, expected[name])
+    assert (int(deyo.reliable), int(deyo.selected), int(deyo.updates)) == (reliable, selected, updates)
+    assert 0 < selected < reliable < int(deyo.samples)
+
+
+def test_only_sure_images_are_destroyed():
+    seen = []
+
+    def destroy(images, generator):
+        seen.append(images.clone())
+        return images
+
+    x = stream()[0]
+    deyo = DeYO(seeded_net(), destroy=destroy, optimizer=SGD)
+    with torch.no_grad():
+        margin = float(entropy(deyo.model(x)).median())
+    deyo = DeYO(seeded_net(), e_margin=margin, destroy=destroy, optimizer=SGD)
+    deyo(x)
+    trial, destroyed = seen
+    assert len(trial) == 1
+    assert 0 < len(destroyed) == int(deyo.reliable) < len(x)
+    assert int(deyo.selected) == 0, "what destroys nothing tells nothing"
+    assert (int(deyo.updates), int(deyo.skipped)) == (0, 0)
+
+
+def test_nothing_sure_nothing_destroyed():
+    deyo = DeYO(seeded_net(), e_margin=1e-9)
+    state = deyo.generator.get_state()
+    for x in stream():
+        deyo(x)
+    assert (int(deyo.reliable), int(deyo.updates)) == (0, 0)
+    assert torch.equal(deyo.generator.get_state(), state)
+
+
+@given(st.integers(0, 1000), st.integers(0, 4), st.booleans())
+def test_saved_in_the_middle_it_goes_on_bit_by_bit(seed, cut, pixels):
+    xs = 3 * stream(seed, batches=5)
+    build = partial(DeYO, **({"destroy": shuffle_pixels} if pixels else {}), **OPEN)
+    straight = build(seeded_net(), generator=torch.Generator().manual_seed(seed))
+    other = build(seeded_net())
+    for x in xs[:cut]:
+        straight(x)
+    other(stream(seed + 1)[0])
+    other.load_state_dict(load(save(straight.state_dict())))
+    for x in xs[cut:]:
+        assert torch.equal(straight(x), other(x))
+    assert torch.equal(straight.generator.get_state(), other.generator.get_state())
+    assert int(straight.selected) == int(other.selected) > 0
+
+
+@pytest.mark.parametrize(("classes", "widest"), [(10, 3), (1000, 31)])
+def test_the_default_margin_is_half_of_the_largest_entropy(classes, widest):
+    for even in (widest, widest + 1):
+        deyo = DeYO(seeded_net())
+        logits = torch.full((1, classes), -1e4)
+        logits[0, :even] = 0
+        deyo._call = lambda network, x, logits=logits: logits
+        deyo._loss(stream()[0][:1], logits)
+        assert int(deyo.reliable) == (even == widest)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"e_margin": 0.0}, "e_margin must lie in"),
+        ({"plpd_margin": 1.1}, "plpd_margin must lie in"),
+        ({"plpd_margin": -1.1}, "plpd_margin must lie in"),
+        ({"e_reference": math.inf}, "e_reference must lie in"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        DeYO(seeded_net(), **options)
+
+
+@pytest.mark.bad_input
+def test_what_cannot_be_destroyed_is_refused_at_the_first_batch():
+    with pytest.raises(InputError, match=r"x must be images, .* got torch.float32 \(4, 3\)"):
+        DeYO(seeded_net())(torch.zeros(4, 3))
+    with pytest.raises(InputError, match=r"x must be images, .* got dict"):
+        DeYO(seeded_net())({"x": torch.zeros(4, 3, 8, 8)})
+    with pytest.raises(InputError, match="sides of at least 4 pixels"):
+        DeYO(seeded_net(), e_margin=1e-9)(torch.zeros(4, 3, 3, 3))
+    with pytest.raises(InputError, match="window must lie inside"):
+        DeYO(seeded_net(), e_margin=1e-9, destroy=partial(occlude, window=(4, 4, 8)))(torch.zeros(4, 3, 8, 8))

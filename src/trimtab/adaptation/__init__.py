@@ -6,6 +6,7 @@ from trimtab.adaptation.augment import strong_augment
 from trimtab.adaptation.base import Adapter
 from trimtab.adaptation.batch_norm import BatchNormAdapt
 from trimtab.adaptation.cafa import CAFA
+from trimtab.adaptation.clipcap import ClipCap
 from trimtab.adaptation.cotta import CoTTA
 from trimtab.adaptation.destroy import occlude, permute_patches, permute_pixels, shuffle_patches, shuffle_pixels
 from trimtab.adaptation.deyo import DeYO
@@ -19,15 +20,22 @@ from trimtab.adaptation.lower_norms import lower_norm_parameters
 from trimtab.adaptation.neighbours import NonParametricClassifier, NonParametricLoss
 from trimtab.adaptation.objectives import symmetric_cross_entropy, view_contrast
 from trimtab.adaptation.ostta import OSTTA, confidence_filter
+from trimtab.adaptation.petal import PETAL
 from trimtab.adaptation.prepared import Prepared
+from trimtab.adaptation.rewards import ClipScoreReward, RewardEnsemble
+from trimtab.adaptation.rlcf import RLCF
+from trimtab.adaptation.rlcf_captioning import ClipCaptionReward, RLCFCaptioner
 from trimtab.adaptation.rmt import RMT
 from trimtab.adaptation.rotta import RoTTA
 from trimtab.adaptation.sar import SAR
 from trimtab.adaptation.source import Source
 from trimtab.adaptation.stream import run_stream
+from trimtab.adaptation.swag import SwagDiagonal
 from trimtab.adaptation.tent import Tent
 from trimtab.adaptation.token_condensation import TokenCondensation
 from trimtab.adaptation.unmix_tns import UnMixTNS, unmix
+from trimtab.adaptation.views import resized_crops
+from trimtab.adaptation.vision_language import ImageQueries, PromptedClasses, TextQueries, VisionLanguage
 
 ADAPTERS: tuple[type[Adapter], ...] = (Source, BatchNormAdapt, Tent, EATA, CoTTA, RoTTA, LAME)
 """Every adapter; each works as ``adapter(model)``."""
@@ -40,33 +48,46 @@ __all__ = [
     "ITTA",
     "LAME",
     "OSTTA",
+    "PETAL",
+    "RLCF",
     "RMT",
     "SAR",
     "AdaNPC",
     "Adapter",
     "AlphaBN",
     "BatchNormAdapt",
+    "ClipCap",
+    "ClipCaptionReward",
+    "ClipScoreReward",
     "CoRe",
     "CoTTA",
     "DeYO",
     "Guard",
     "ITTATrainer",
+    "ImageQueries",
     "LabelShiftAdapter",
     "NonParametricClassifier",
     "NonParametricLoss",
     "Prepared",
     "PriorShiftCorrection",
+    "PromptedClasses",
+    "RLCFCaptioner",
+    "RewardEnsemble",
     "RoTTA",
     "Source",
+    "SwagDiagonal",
     "Tent",
+    "TextQueries",
     "TokenCondensation",
     "UnMixTNS",
+    "VisionLanguage",
     "confidence_filter",
     "from_prior",
     "lower_norm_parameters",
     "occlude",
     "permute_patches",
     "permute_pixels",
+    "resized_crops",
     "run_stream",
     "shuffle_patches",
     "shuffle_pixels",

@@ -93,8 +93,8 @@ class AdaNPC(Adapter):
         head: str | None = None,
         **options: Unpack[Options],
     ):
-        super().__init__(model, **options)
         prepared.check("AdaNPC", model)
+        super().__init__(model, **options)
         self.head = head
         self.classifier = NonParametricClassifier(
             int(prepared["classes"]),
@@ -111,6 +111,7 @@ class AdaNPC(Adapter):
         if batch_norm:
             memory = self.classifier.memory
             self.norm = nn.BatchNorm1d(memory.shape[1], momentum=0.0).to(memory)
+            self.norm.num_batches_tracked = None
             self.moving = {f"norm/{name}": parameter for name, parameter in self.norm.named_parameters()}
             self.optimizer = optimizer(list(self.moving.values()))
         self._rows_interact = self._rows_interact or batch_norm or eps_ball is not None
@@ -137,15 +138,18 @@ class AdaNPC(Adapter):
         """
         modules.head(model, head)
         seen = Predictions.collect(model, loader, features=head or True, description="memory")
-        tensors = {"features": seen.needed("features"), "labels": seen.needed("labels")}
-        return Prepared("AdaNPC", {**tensors, "classes": torch.tensor(seen.c)}, model)
+        if seen.labels is None:
+            raise InputError("loader must yield (inputs, labels), it yields no labels")
+        rows = {"features": seen.needed("features"), "labels": seen.labels}
+        return Prepared("AdaNPC", {**rows, "classes": torch.tensor(seen.c)}, model)
 
     def reset(self) -> None:
         """Return to the source's memory, and to the scale and offset of the start."""
         super().reset()
         self.classifier.reset()
         if isinstance(self.norm, nn.BatchNorm1d):
-            self.norm.reset_parameters()
+            nn.init.ones_(self.norm.weight)
+            nn.init.zeros_(self.norm.bias)
 
     def _predict(self, x: Inputs) -> Tensor:
         return normalised(self.classifier(self._features(x)))

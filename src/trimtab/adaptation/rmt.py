@@ -34,16 +34,12 @@ from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFact
 from trimtab.adaptation.batch_stats import use_batch_statistics
 from trimtab.adaptation.objectives import symmetric_cross_entropy, view_contrast
 from trimtab.adaptation.prepared import Prepared
+from trimtab.adaptation.teacher import weights_and_biases
 from trimtab.core import checks, modules, progress
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import logits_of, take_apart
 
 Ensemble = Literal["mean", "sum"]
-
-
-def weights_and_biases(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter whose own name is weight or bias: all but class tokens, position embeddings and the like."""
-    return {n: p for n, p in model.named_parameters() if n.rpartition(".")[2] in ("weight", "bias")}
 
 
 class RMT(Adapter):
@@ -128,8 +124,8 @@ class RMT(Adapter):
         train_mode: bool = False,
         **options: Unpack[Options],
     ):
-        super().__init__(model, **options)
         prepared.check("RMT", model)
+        super().__init__(model, **options)
         self.source_weight = checks.number(source_weight, "source_weight", low=0.0)
         self.training_weight = checks.number(training_weight, "training_weight", low=0.0)
         self.contrast_weight = checks.number(contrast_weight, "contrast_weight", low=0.0)
@@ -238,7 +234,9 @@ class RMT(Adapter):
                 group["lr"] = rate * step / warm_up
             with torch.enable_grad():
                 loss = symmetric_cross_entropy(logits_of(student, x), logits_of(teacher, x), alpha).mean()
-                torch.autograd.backward(loss)
+            if not bool(loss.isfinite()):
+                raise InputError(f"optimizer must keep the loss of the warm-up finite, it is {loss:g} at step {step}")
+            torch.autograd.backward(loss)
             built.step()
             built.zero_grad()
             follow(teacher, student, teacher_momentum)
@@ -279,10 +277,8 @@ class RMT(Adapter):
             likeness = F.normalize(features, eps=1e-8) @ F.normalize(self.prototypes, eps=1e-8).T
             nearest = self.prototypes[likeness.argmax(1)]
         views = torch.stack((nearest, features, features_of_view), 1)
-        both = symmetric_cross_entropy(logits, target, self.alpha) + symmetric_cross_entropy(
-            logits_of_view, target, self.alpha
-        )
-        loss = self.training_weight * both.mean() / 2
+        distances = [symmetric_cross_entropy(said, target, self.alpha) for said in (logits, logits_of_view)]
+        loss = self.training_weight * torch.stack(distances).mean()
         loss = loss + self.contrast_weight * view_contrast(self.projector(views), self.temperature)
         if self.replay is not None:
             source, labels = self._next_replay()

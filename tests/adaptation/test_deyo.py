@@ -6,12 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
-from toynet import Golden, golden_files, seeded_net, stream
+from torch import nn
+from toynet import Golden, built, golden_files, seeded_net, stream
 
+from trimtab.adaptation import Tent, unmix
 from trimtab.adaptation.base import entropy
 from trimtab.adaptation.destroy import occlude, permute_patches, permute_pixels, shuffle_pixels
 from trimtab.adaptation.deyo import DeYO
 from trimtab.core.checks import InputError
+from trimtab.core.modules import norm_parameters
 
 SLUG = "62-deyo"
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -85,7 +88,7 @@ def test_the_step_is_the_paper_s(norm, weigh_entropy, weigh_plpd):
             plpd = float((logits[i].softmax(0)[best] - p[best]).detach())
             if plpd > 0.01:
                 h = entropy(logits)[i]
-                weight = weigh_entropy * math.exp(1 - float(h)) + weigh_plpd * math.exp(plpd)
+                weight = weigh_entropy * math.exp(1 - float(h.detach())) + weigh_plpd * math.exp(plpd)
                 terms.append(h * (weight if weigh_entropy or weigh_plpd else 1))
         reliable, selected, updates = reliable + len(sure), selected + len(terms), updates + bool(terms)
         expected = before
@@ -126,6 +129,29 @@ def test_nothing_sure_nothing_destroyed():
         deyo(x)
     assert (int(deyo.reliable), int(deyo.updates)) == (0, 0)
     assert torch.equal(deyo.generator.get_state(), state)
+
+
+def test_one_sure_image_goes_through_a_head_that_normalises_vectors():
+    net = built(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4)))
+    x = stream()[0]
+    deyo = DeYO(net, **OPEN)
+    with torch.no_grad():
+        two_smallest = entropy(deyo.model(x)).sort().values[:2]
+    deyo.e_margin = float(two_smallest.mean())
+    deyo(x)
+    assert int(deyo.reliable) == int(deyo.selected) == 1
+    assert deyo.model[3].training
+
+
+def test_layers_that_follow_the_stream_do_not_follow_destroyed_images():
+    x = stream()[0]
+    deyo, tent = (
+        Method(unmix(seeded_net()), parameters_of=norm_parameters) for Method in (partial(DeYO, **OPEN), Tent)
+    )
+    assert torch.equal(deyo(x), tent(x))
+    assert int(deyo.updates) == 1
+    for name, value in deyo.model.named_buffers():
+        assert torch.equal(value, tent.model.get_buffer(name)), name
 
 
 @given(st.integers(0, 1000), st.integers(0, 4), st.booleans())

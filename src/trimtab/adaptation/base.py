@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from trimtab.adaptation import state
-from trimtab.adaptation.batch_stats import MixedBatchNorm, held
+from trimtab.adaptation.batch_stats import MixedBatchNorm, held, source_statistics
 from trimtab.adaptation.guard import Guard
 from trimtab.adaptation.prepared import Prepared
 from trimtab.core import checks, modules
@@ -351,7 +351,7 @@ class Adapter(nn.Module):
             self.singles += 1
             if int(self.singles) % self.window == 0:
                 return self._learn(rows)[-1:]
-        with torch.no_grad(), held(self), _source_statistics(self if len(rows) == 1 else nn.Identity()):
+        with torch.no_grad(), held(self), source_statistics(self if len(rows) == 1 else nn.Identity()):
             return self._predict(rows if self._rows_interact else x)[-1:]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -406,19 +406,6 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     with torch.no_grad():
         for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
             slow.lerp_(fast, 1 - momentum)
-
-
-@contextmanager
-def _source_statistics(module: nn.Module) -> Iterator[None]:
-    """`nn.BatchNorm1d` in eval mode in this block: one row alone has no statistics."""
-    layers = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
-    for layer in layers:
-        layer.eval()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.train()
 
 
 def _usable(value: Any) -> Any:

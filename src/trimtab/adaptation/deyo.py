@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options, entropy
-from trimtab.adaptation.batch_stats import use_batch_statistics
+from trimtab.adaptation.batch_stats import held, source_statistics, use_batch_statistics
 from trimtab.adaptation.destroy import check_images, shuffle_patches
 from trimtab.adaptation.lower_norms import lower_norm_parameters
 from trimtab.core import checks
@@ -127,7 +127,8 @@ class DeYO(Adapter):
         reliable = (~(entropies.detach() >= e_margin)).nonzero()[:, 0]
         if len(reliable) == 0:
             return None
-        with torch.no_grad():
+        alone = self.model if len(reliable) == 1 else nn.Identity()
+        with torch.no_grad(), held(self.model), source_statistics(alone):
             destroyed = self._call(self.model, self.destroy(x[reliable], self.generator))
             sure, predicted = logits[reliable].softmax(1).max(1)
             plpd = sure - destroyed.softmax(1).gather(1, predicted[:, None])[:, 0]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options, entropy
-from trimtab.adaptation.batch_stats import use_batch_statistics
+from trimtab.adaptation.batch_stats import held, use_batch_statistics
 from trimtab.adaptation.lower_norms import lower_norm_parameters
 from trimtab.core import checks
 
@@ -127,7 +127,7 @@ class SAR(Adapter):
         reliable = ~(entropies.detach() >= margin)  # NaN is let through, to make a loss that is skipped and counted
         self.reliable += int(reliable.sum())
         if self._backward(self._mean(entropies[reliable])):
-            with self._climbed():
+            with self._climbed(), held(self.model):
                 entropies = entropy(self._call(self.model, x))[reliable]
                 still = entropies[~(entropies.detach() >= margin)]
                 sound = self._backward(self._mean(still))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from trimtab.adaptation import BatchNormAdapt, DeYO, Tent, run_stream, shuffle_patches
 from trimtab.claims.base import Claim, Expectation
 from trimtab.core.predictions import Predictions
-from trimtab.data.sources import fashion_mnist
+from trimtab.data.sources import Images, fashion_mnist
 
-TRAIN, TEST, EPOCHS, BATCH = 12_000, 10_000, 3, 50
+TRAIN, EPOCHS, BATCH = 12_000, 3, 50
 HARD, EASY = (0, 3), (1, 9)
 LN2 = math.log(2)
 
@@ -30,9 +29,9 @@ def run(seed: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
     measured = {}
     for pair, classes in {"hard": HARD, "easy": EASY}.items():
-        x, y, _ = _coloured("train", classes, TRAIN, 0.9, generator)
+        x, y, _ = _coloured(fashion_mnist("train")[:TRAIN], classes, 0.9, generator)
         network = _trained(x, y, generator)
-        x, y, colour = _coloured("test", classes, TEST, 0.1, generator)
+        x, y, colour = _coloured(fashion_mnist("test"), classes, 0.1, generator)
         stream = DataLoader(TensorDataset(x, y), BATCH)
         sgd = partial(torch.optim.SGD, lr=5e-3, momentum=0.9)
         deyo = DeYO(
@@ -53,10 +52,9 @@ def run(seed: int) -> dict[str, float]:
 
 
 def _coloured(
-    split: Literal["train", "test"], classes: tuple[int, int], first: int, agreement: float, generator: torch.Generator
+    images: Images, classes: tuple[int, int], agreement: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of the `first` images that are of two classes, in a random order: images, labels and colours, 0 and 1."""
-    images = fashion_mnist(split)[:first]
+    """The images of two classes, in a random order: inputs, labels and colours, 0 and 1."""
     images = images[torch.isin(images.labels, torch.tensor(classes)).nonzero()[:, 0]]
     images = images[torch.randperm(len(images), generator=generator)]
     y = (images.labels == classes[1]).long()

@@ -249,11 +249,11 @@ class RLCF(Adapter):
         known = getattr(self.reward, "classes", None)
         if known not in (None, classes):
             raise InputError(f"reward must know the policy's {classes} classes, it knows {known}")
-        if self.k > classes:
-            raise InputError(f"k must be at most the number of classes, {classes}, got {self.k}")
         if self.draw:
             probs = logits.softmax(1).cpu()
             return torch.multinomial(probs, self.k, replacement=True, generator=self.generator).to(logits.device)
+        if self.k > classes:
+            raise InputError(f"k must be at most the number of classes, {classes}, got {self.k}")
         return logits.topk(self.k).indices
 
     def _views_of(self, row: Tensor) -> Tensor:

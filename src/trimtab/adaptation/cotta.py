@@ -126,7 +126,7 @@ class CoTTA(Adapter):
         if self._descend(self_training_loss(logits, target, symmetric=self.symmetric)):
             follow(self.teacher, self.model, self.teacher_momentum)
             if self.restore:
-                put_back(self.moving, self.source.named(), lambda n, p: self.restore_mask(n, p, self.generator))
+                put_back(self.moving, self.source.named(), self._drawn, self._group)
         return target
 
     def _target(self, x: Inputs) -> Tensor:
@@ -139,3 +139,6 @@ class CoTTA(Adapter):
             confidence=self.confidence,
         )
         return target
+
+    def _drawn(self, name: str, parameter: Tensor) -> Tensor:
+        return self.restore_mask(name, parameter, self.generator)

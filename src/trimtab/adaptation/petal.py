@@ -218,7 +218,7 @@ class PETAL(Adapter):
             self._step()
             follow(self.teacher, self.model, self.teacher_momentum)
             if self.restore:
-                put_back(self.moving, self.source.named(), mask)
+                put_back(self.moving, self.source.named(), mask, self._group)
         return target
 
     def _target(self, x: Inputs) -> Tensor:

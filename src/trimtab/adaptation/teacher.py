@@ -51,11 +51,23 @@ def self_training_loss(
     return (loss + _cross_entropy(logits, target)) / 2 if symmetric else loss
 
 
-def put_back(moving: Mapping[str, Tensor], source: Mapping[str, Tensor], mask: Callable[[str, Tensor], Tensor]) -> None:
-    """Set the entries of every tensor of `moving` where ``mask(name, tensor)`` is true to those of `source`."""
+def put_back(
+    moving: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    mask: Callable[[str, Tensor], Tensor],
+    group: Any = None,
+) -> None:
+    """Set the entries of every tensor of `moving` where ``mask(name, tensor)`` is true to those of `source`.
+
+    In a distributed stream, the processes of `group` all take the first one's mask: their generators may have gone
+    different ways, over batches of different sizes.
+    """
     with torch.no_grad():
         for name, tensor in moving.items():
-            tensor.copy_(torch.where(mask(name, tensor), source[name], tensor))
+            back = mask(name, tensor)
+            if group is not None:
+                torch.distributed.broadcast(back, group=group, group_src=0)
+            tensor.copy_(torch.where(back, source[name], tensor))
 
 
 def random_mask(share: float) -> RestoreMask:

@@ -173,7 +173,7 @@ class Adapter(nn.Module):
         """Predict one batch and change nothing."""
         return self._call(self.model, x)
 
-    def forward(self, x: Inputs, labels: None = None) -> Float[Tensor, "n c *rest"]:
+    def forward(self, x: Inputs, labels: None = None) -> Shaped[Tensor, "n ..."]:
         """Predict and adapt.
 
         Args:

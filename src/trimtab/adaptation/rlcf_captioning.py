@@ -185,7 +185,7 @@ class RLCFCaptioner(Adapter):
     @torch.no_grad()
     def _search(self, image: Tensor, beams: int, captions: int) -> Tensor:
         generate: Any = self.model.generate
-        return generate(image, num_beams=beams, num_return_sequences=captions, **self.generation)
+        return generate(pixel_values=image, num_beams=beams, num_return_sequences=captions, **self.generation)
 
     def _together(self, captions: list[Tensor]) -> Tensor:
         return pad_sequence(captions, batch_first=True, padding_value=self.pad)

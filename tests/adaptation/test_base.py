@@ -7,36 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import BUILDERS, LEARNERS
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
-from toynet import ToyNet, built, seeded_net, stream
+from toynet import ToyNet, built, huge, seeded_net, stream
 
-from trimtab.adaptation import ADAPTERS, EATA, ETA, LAME, BatchNormAdapt, CoTTA, RoTTA, Source, Tent
+from trimtab.adaptation import ADAPTERS, EATA, ETA, BatchNormAdapt, CoTTA, RoTTA, Source, Tent
 from trimtab.adaptation.base import Adapter, entropy, follow, rows
 from trimtab.core.checks import InputError
-from trimtab.core.modules import all_parameters
+from trimtab.core.modules import BATCH_NORMS, all_parameters
 
-
-def eata_with_fisher(model, **options):
-    return EATA(model, prepared=EATA.prepare(model, list(stream(9))), d_margin=0.9, e_margin=1.5, **options)
-
-
-BUILDERS = {
-    "source": Source,
-    "batch": BatchNormAdapt,
-    "mixed": partial(BatchNormAdapt, variant="mixed"),
-    "ema": partial(BatchNormAdapt, variant="ema"),
-    "tent": Tent,
-    "tent_sgd": partial(Tent, optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9)),
-    "eata": eata_with_fisher,
-    "eta": partial(ETA, d_margin=0.9, e_margin=1.5),
-    "cotta": partial(CoTTA, augmentations=3),
-    "rotta": partial(RoTTA, capacity=16, update_every=10, nu=0.1),
-    "lame": LAME,
-}
-LEARNERS = ("tent", "tent_sgd", "eata", "eta", "cotta", "rotta")
 every = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 learners = pytest.mark.parametrize("build", [BUILDERS[name] for name in LEARNERS], ids=LEARNERS)
 
@@ -349,14 +331,9 @@ def test_reset_inside_a_window_keeps_the_inputs():
     assert len(tent.recent) == 3
 
 
-def huge(x):
-    """Finite, and so large that the first convolution overflows."""
-    return 3e38 * (0.5 + x / 2)
-
-
 @pytest.mark.parametrize("build", [BUILDERS[name] for name in LEARNERS if name != "rotta"])
 def test_what_is_not_finite_is_skipped_and_counted(build):
-    adapter = build(seeded_net(), **({"augment": lambda x, g: 0.9 * x} if "TTA" in str(build) else {}))
+    adapter = build(seeded_net(), **({"augment": lambda x, g: 0.9 * x} if build.augment else {}))
     xs = stream(batches=6, n=20)
     adapter(xs[0])
     before = everything(adapter)
@@ -405,17 +382,11 @@ NETS = {
 @pytest.mark.parametrize(("net", "shape"), NETS.values(), ids=NETS)
 def test_every_kind_of_normalisation(build, net, shape):
     net = built(net)
-    if build is eata_with_fisher:
-        build = partial(EATA, prepared=EATA.prepare(net, list(stream(shape=shape))), d_margin=0.9)
-    if "TTA" in str(build):
-        build = partial(build, augment=lambda x, generator: x + 0.01)
-    if isinstance(build, partial | type) and "BatchNormAdapt" in str(build):
-        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm3d)]
-        if not norms:
-            with pytest.raises(InputError, match="batch normalisation layer"):
-                build(net)
-            return
-    adapter = build(net)
+    if build.method is BatchNormAdapt and not any(isinstance(m, BATCH_NORMS) for m in net.modules()):
+        with pytest.raises(InputError, match="batch normalisation layer"):
+            build(net, shape)
+        return
+    adapter = build(net, shape)
     before = everything(adapter)
     for x in stream(shape=shape, batches=4):
         outputs = adapter(x)

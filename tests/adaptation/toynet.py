@@ -57,6 +57,11 @@ def seeded_net(seed=0, **settings):
     return net.eval()
 
 
+def huge(x):
+    """Finite, and so large that the first convolution overflows."""
+    return 3e38 * (0.5 + x / 2)
+
+
 def stream(seed=0, batches=4, n=12, shape=(3, 8, 8), low=0.0, high=1.0):
     generator = torch.Generator().manual_seed(1000 + seed)
     return low + (high - low) * torch.rand(batches, n, *shape, generator=generator)

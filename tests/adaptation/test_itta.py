@@ -379,7 +379,7 @@ def test_bad_settings_are_refused(settings, message):
     ("loader", "message"),
     [
         ([], "must hold one loader a domain"),
-        ([[]], r"loader\[0\] must yield batches"),
+        ([[]], r"loader\[0\] must yield something"),
         ([[torch.zeros(2, 3, 8, 8)]], r"minibatches\[0\] must be \(inputs, labels\)"),
         ([[(torch.zeros(2, 3, 8, 8), torch.tensor([0, 3]))]], "must lie in 0..2, found 3 at row 1"),
         ([[(torch.full((2, 3, 8, 8), torch.nan), torch.tensor([0, 1]))]], r"minibatches\[0\] must be finite"),

@@ -28,6 +28,9 @@ from trimtab.adaptation.rlcf_captioning import ClipCaptionReward, RLCFCaptioner
 from trimtab.adaptation.rmt import RMT
 from trimtab.adaptation.rotta import RoTTA
 from trimtab.adaptation.sar import SAR
+from trimtab.adaptation.slot_training import HungarianMaskLoss, occupancy_loss, train_slots
+from trimtab.adaptation.slot_tta import SlotTTA
+from trimtab.adaptation.slots import SlotAttention, SlotDecoder, SlotEncoder, SlotModel, slot_autoencoder
 from trimtab.adaptation.source import Source
 from trimtab.adaptation.stream import run_stream
 from trimtab.adaptation.swag import SwagDiagonal
@@ -63,6 +66,7 @@ __all__ = [
     "CoTTA",
     "DeYO",
     "Guard",
+    "HungarianMaskLoss",
     "ITTATrainer",
     "ImageQueries",
     "LabelShiftAdapter",
@@ -74,6 +78,11 @@ __all__ = [
     "RLCFCaptioner",
     "RewardEnsemble",
     "RoTTA",
+    "SlotAttention",
+    "SlotDecoder",
+    "SlotEncoder",
+    "SlotModel",
+    "SlotTTA",
     "Source",
     "SwagDiagonal",
     "Tent",
@@ -85,14 +94,17 @@ __all__ = [
     "from_prior",
     "lower_norm_parameters",
     "occlude",
+    "occupancy_loss",
     "permute_patches",
     "permute_pixels",
     "resized_crops",
     "run_stream",
     "shuffle_patches",
     "shuffle_pixels",
+    "slot_autoencoder",
     "strong_augment",
     "symmetric_cross_entropy",
+    "train_slots",
     "unmix",
     "view_contrast",
 ]

@@ -23,7 +23,7 @@ What we found:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -140,7 +140,7 @@ class ITTA(Adapter):
             InputError: a loader is empty, labels are missing, or a setting is out of range.
         """
         trainer = ITTATrainer(model, blocks, **settings)
-        domains = [_endless(domain, i) for i, domain in enumerate(loader)]
+        domains = [progress.endless(domain, f"loader[{i}]") for i, domain in enumerate(loader)]
         if not domains:
             raise InputError("loader must hold one loader a domain, it holds none")
         steps = checks.integer(steps, "steps", low=1)
@@ -221,13 +221,3 @@ def _shapes(prepared: Prepared) -> dict[str, tuple[int, ...]]:
     numbered = _under("blocks", prepared)
     in_order = sorted(numbered, key=lambda name: int(name.partition(".")[0]))
     return {name.partition(".")[2]: tuple(numbered[name].tolist()) for name in in_order}
-
-
-def _endless(domain: Iterable[Any], index: int) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in domain:
-            empty = False
-            yield batch
-        if empty:
-            raise InputError(f"loader[{index}] must yield batches each time that it is begun, it yielded none")

@@ -15,6 +15,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trimtab.core.errors import InputError
+
 T = TypeVar("T")
 _display: ContextVar[Progress | None] = ContextVar("trimtab_progress", default=None)
 _deadline: ContextVar[float] = ContextVar("trimtab_deadline", default=float("inf"))
@@ -84,3 +86,23 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     finally:
         if progress is not None and task is not None:
             progress.remove_task(task)
+
+
+def endless(items: Iterable[T], name: str = "loader") -> Iterator[T]:
+    """Iterate over `items`, called `name`, again and again: for training that counts steps.
+
+    Raises:
+        InputError: there are none, or none the second time.
+
+    Example:
+        >>> from itertools import islice
+        >>> list(islice(endless("ab"), 5))
+        ['a', 'b', 'a', 'b', 'a']
+    """
+    while True:
+        empty = True
+        for item in items:
+            empty = False
+            yield item
+        if empty:
+            raise InputError(f"{name} must yield something each time that it is begun, it yielded nothing")

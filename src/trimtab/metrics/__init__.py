@@ -1,6 +1,7 @@
 """Measuring: calibration, ranking and proper scores, as pure functions and as `torchmetrics.Metric`."""
 
 from trimtab.metrics.ace import AverageCalibrationError, average_calibration_error
+from trimtab.metrics.adjusted_rand import AdjustedRandIndex, adjusted_rand_index
 from trimtab.metrics.binary import BinaryCalibrationError, binary_calibration_error
 from trimtab.metrics.binning import BINS
 from trimtab.metrics.brier import BrierDecomposition, BrierParts, BrierScore, brier_decomposition, brier_score
@@ -60,6 +61,7 @@ __all__ = [
     "AURC",
     "BINS",
     "COLUMNS",
+    "AdjustedRandIndex",
     "AverageCalibrationError",
     "BinaryCalibrationError",
     "BrierDecomposition",
@@ -105,6 +107,7 @@ __all__ = [
     "TableSuite",
     "ThresholdedAdaptiveCalibrationError",
     "UncertaintyCalibrationError",
+    "adjusted_rand_index",
     "aurc",
     "average_calibration_error",
     "binary_calibration_error",

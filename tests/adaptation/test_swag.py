@@ -41,7 +41,7 @@ def test_mean_and_variance_of_the_snapshots(seed, n, offset):
 
 def authors(net, batches, epochs=5, lr=8e-4, swa_lr=0.01):
     """The authors' script, in torch's own parts; their cosine, which takes 2e-8 off the rate once, is left out."""
-    net = deepcopy(net).train()
+    net = deepcopy(net).eval()
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     scheduler = SWALR(optimizer, anneal_strategy="linear", anneal_epochs=3, swa_lr=swa_lr)
     snapshots = []
@@ -106,15 +106,17 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(tmp_path):
         PETAL.prepare(seeded_net(1), batches, checkpoint=file)
 
 
-def test_dropout_and_shuffling_draw_from_the_seed():
+def test_shuffling_draws_from_the_seed_and_dropout_not_at_all():
     net = built(lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 5)))
     x, y = torch.cat(tuple(stream(shape=(3,)))), torch.arange(48) % 5
     runs = []
-    for seed in (0, 0, 1):
-        loader = DataLoader(TensorDataset(x, y), 8, shuffle=True)
-        runs.append(PETAL.prepare(net, loader, seed=seed))
+    for seed, batch in ((0, 8), (0, 8), (1, 8), (0, 48), (1, 48)):
+        loader = DataLoader(TensorDataset(x.double(), y), batch, shuffle=True)
+        runs.append(PETAL.prepare(net.double(), loader, seed=seed))
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
+    for name, value in runs[3].items():
+        torch.testing.assert_close(value, runs[4][name])
 
 
 @pytest.mark.bad_input
@@ -145,6 +147,8 @@ def test_bad_loaders_are_refused():
     ):
         with pytest.raises(InputError, match=message):
             PETAL.prepare(net, loader)
+    with pytest.raises(InputError, match="must hold its weights in float32"):
+        PETAL.prepare(seeded_net().bfloat16(), labelled())
 
 
 @pytest.mark.bad_input

@@ -11,8 +11,11 @@ where the paper has one; the importance of a weight is the square of the gradien
 included; the teacher follows before weights are put back; parameters that are not called weight or bias stay as they
 are. Its 32 augmented passes are made only where they are used. Departures: eval mode instead of ``model.train()``
 (`train_mode` follows the code); a parameter without a gradient counts as one whose gradient is zero, where the authors'
-code stops; variances come from a sum of squares that cannot be negative. In the authors' script the fine-tuning that
-gives the posterior *raises* the learning rate, from 0.0008 to 0.01; that is followed.
+code stops; variances come from a sum of squares that cannot be negative.
+
+The authors' script for the posterior fine-tunes in eval mode (batch normalisation by the source's statistics, no
+dropout), as its loader of models ends with ``eval()``; and it *raises* the learning rate, from 0.0008 to 0.01. Both are
+followed.
 """
 
 from __future__ import annotations
@@ -161,8 +164,9 @@ class PETAL(Adapter):
     ) -> Prepared:
         """Mean and variance of the model's weights along a short fine-tuning on labelled source data.
 
-        SWAG-diagonal: SGD with cross-entropy, all weights moving; the learning rate stays for two epochs, then goes to
-        `swa_lr` within three; a snapshot after every epoch but the first. The defaults are the authors' for CIFAR.
+        SWAG-diagonal: SGD with cross-entropy, all weights moving, in eval mode; the learning rate stays for two
+        epochs, then goes to `swa_lr` within three; a snapshot after every epoch but the first. The defaults are the
+        authors' for CIFAR.
 
         Args:
             model: a classifier, trained; it stays as it is.
@@ -172,7 +176,7 @@ class PETAL(Adapter):
             lr: learning rate at the start, > 0: the training's last.
             swa_lr: learning rate at the end, > 0.
             momentum, weight_decay: of SGD.
-            seed: what dropout draws from, and the order of a loader that shuffles without a generator of its own.
+            seed: the order of a loader that shuffles without a generator of its own.
             checkpoint: a file that keeps each epoch's end; a run that was stopped goes on from there.
 
         Returns:

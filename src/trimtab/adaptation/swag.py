@@ -92,7 +92,7 @@ def fit_posterior(
     seed: int,
     checkpoint: str | Path | None,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Fine-tune a copy of `model` and follow it with `SwagDiagonal`.
+    """Fine-tune a copy of `model`, in eval mode, and follow it with `SwagDiagonal`.
 
     The first epoch runs at `lr` and leaves no snapshot; each later one leaves one at its end, while the learning rate
     goes from `lr` to `swa_lr` within three. With a `checkpoint`, a file, each epoch's end is kept there, and a run that
@@ -102,7 +102,9 @@ def fit_posterior(
         The copy at the mean of the posterior, with batch statistics of its own, and the variance by name.
     """
     device = modules.device_of(model)
-    network = deepcopy(model).requires_grad_(True)
+    network = deepcopy(model).eval().requires_grad_(True)
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in network.parameters()):
+        raise InputError("model must hold its weights in float32 to be fine-tuned: small updates would be lost")
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
     swag = SwagDiagonal(network)
     settings = torch.tensor([epochs, lr, swa_lr, momentum, weight_decay, seed], dtype=torch.float64)
@@ -124,11 +126,10 @@ def fit_posterior(
             parameter.copy_(mean[name])
     with _seeded(seed + epochs, device):
         _renew_statistics(network, progress.track(loader, "batch statistics"), device)
-    return network, {name: value.to(mean[name].device) for name, value in variance.items()}
+    return network, variance
 
 
 def _train(network: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Any], device: torch.device) -> None:
-    network.train()
     seen = 0
     for batch in batches:
         x, labels = take_apart(batch, device)
@@ -148,8 +149,7 @@ def _train(network: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterab
 
 
 def _renew_statistics(network: nn.Module, batches: Iterable[Any], device: torch.device) -> None:
-    """Let every batch normalisation layer keep the plain mean of its statistics over the batches; ends in eval mode."""
-    network.eval()
+    """Let every batch normalisation layer keep the plain mean of its statistics over the batches."""
     layers = [m for m in network.modules() if isinstance(m, modules.BATCH_NORMS) and m.running_mean is not None]
     if not layers:
         return
@@ -168,7 +168,7 @@ def _renew_statistics(network: nn.Module, batches: Iterable[Any], device: torch.
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout, and loaders without a generator of their own, draw from `seed`; the global random state is kept."""
+    """A loader without a generator of its own shuffles by `seed`; the global random state is kept."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -194,7 +194,7 @@ def whitening(covariances: Float[Tensor, "..."], ridge: float = 1e-3) -> Float[T
         return (covariances + added[:, None]).rsqrt()
     eye = torch.eye(covariances.shape[-1], dtype=covariances.dtype, device=covariances.device)
     lower = torch.linalg.cholesky(covariances + added[:, None, None] * eye)
-    return torch.linalg.solve_triangular(lower, eye, upper=False)
+    return torch.linalg.solve_triangular(lower, eye, upper=False).contiguous()  # as files need it
 
 
 def _mean_variances(covariances: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 from trimtab.adaptation.base import Adapter, Inputs, Options
@@ -102,7 +102,7 @@ class LabelShiftAdapter(Adapter):
         host: Callable[..., Adapter] = BatchStatistics,
         momentum: float = 0.9,
         floor: float = 0.0,
-        target: Float[Tensor, " c"] | None = None,
+        target: Real[Tensor, " c"] | None = None,
         head: str | None = None,
         **options: Unpack[Options],
     ):
@@ -255,7 +255,7 @@ class LabelShiftAdapter(Adapter):
 
 
 def PriorShiftCorrection(
-    model: nn.Module, prior: Float[Tensor, " c"], *, tau: float = 1.0, **settings: Any
+    model: nn.Module, prior: Real[Tensor, " c"], *, tau: float = 1.0, **settings: Any
 ) -> LabelShiftAdapter:
     """The correction without training: adds tau (log estimate - log prior) to the logits.
 

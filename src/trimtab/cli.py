@@ -180,6 +180,59 @@ def demo(
     _run(job.demo, out, quiet, form, options)
 
 
+@app.command()
+def adapt(
+    source: Annotated[str, typer.Argument(help="FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION that returns a Setup.")],
+    method: Annotated[str, typer.Option("--method", help="An adapter, such as sar.")],
+    stream: Annotated[str, typer.Option("--stream", help="A shift of the setup, or test.")] = "test",
+    out: Out = Path("out/adapt"),
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An argument of the adapter, as JSON.")
+    ] = None,
+    guard: Annotated[
+        str | None, typer.Option("--guard", help="On a collapse: reset, 'roll back' or warn. Not watched by default.")
+    ] = None,
+    prepared: Annotated[
+        Path | None, typer.Option("--prepared", help="What the adapter's prepare left; made anew where it is needed.")
+    ] = None,
+    every: Annotated[int, typer.Option("--every", min=1, help="Batches a row of the table.")] = 10,
+    fresh: Fresh = False,
+    quiet: Silent = False,
+    form: Form = Format.text,
+) -> None:
+    """Let an adapter follow a stream, watch it, and keep what it said."""
+    from trimtab import audit as jobs
+    from trimtab.audit.legs import watching
+
+    settings = dict(_setting(pair) for pair in set_ or [])
+    shown = not quiet and form is Format.text
+    with watching(f"{method} on {stream}", shown) as watch:
+        jobs.adapt(
+            source,
+            out,
+            method=method,
+            stream=stream,
+            settings=settings,
+            guard=guard,
+            prepared=prepared,
+            every=every,
+            fresh=fresh,
+            watch=watch,
+        )
+    if form is Format.json:
+        typer.echo((out / "stream.json").read_text(encoding="utf-8"), nl=False)
+
+
+def _setting(pair: str) -> tuple[str, Any]:
+    name, equals, value = pair.partition("=")
+    if not equals:
+        raise InputError(f"--set must have the form NAME=VALUE, got {pair!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def _run(job: Callable[..., Any], out: Path, quiet: bool, form: Format, options: dict[str, Any]) -> None:
     """Audit, show progress, and print what was found."""
     from trimtab.core import progress

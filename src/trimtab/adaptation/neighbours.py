@@ -63,7 +63,7 @@ class NonParametricClassifier(nn.Module):
         *,
         k: int = 100,
         temperature: float = 0.1,
-        beta: float = 0.1,
+        beta: float = 0.0,
         confidence: Confidence = "double_softmax",
         eps_ball: float | None = None,
         max_size: int | None = None,

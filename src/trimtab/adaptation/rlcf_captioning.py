@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trimtab.adaptation.base import Adapter, Choice, Inputs, OptimizerFactory
 from trimtab.adaptation.episodes import SlowStart
 from trimtab.adaptation.rewards import advantages
-from trimtab.core import checks
+from trimtab.core import checks, progress
 from trimtab.core.checks import InputError
 
 CaptionReward = Callable[[Tensor, Tensor], Tensor]
@@ -75,8 +75,8 @@ class ClipCaptionReward:
 class RLCFCaptioner(Adapter):
     """Moves a captioner, for each image anew, towards those of its k best captions that the reward prefers.
 
-    Four beam searches with six beams, each with a forward and backward pass of the six captions, and a beam search
-    with five beams, an image.
+    Four beam searches with six beams, each followed by a forward and a backward pass of the six captions, and a beam
+    search with five beams, an image. In a distributed stream every process goes its own way.
 
     Args:
         model: an image-to-text model of transformers (a `VisionEncoderDecoderModel`, BLIP, GIT, ...) or `ClipCap`: it
@@ -114,6 +114,8 @@ class RLCFCaptioner(Adapter):
         Zhao et al., ICLR 2024, https://arxiv.org/abs/2305.18010
     """
 
+    forwards = 4 * 6
+    backwards = 4 * 6
     reward: CaptionReward
 
     def __init__(
@@ -162,6 +164,7 @@ class RLCFCaptioner(Adapter):
 
     def _one(self, image: Tensor) -> Tensor:
         """Tune on one image, write its caption, and go back."""
+        progress.in_time()
         assert self.optimizer is not None
         try:
             for _ in range(self.tuning_steps):

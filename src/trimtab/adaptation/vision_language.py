@@ -101,7 +101,7 @@ class VisionLanguage(nn.Module):
 
     def logits(self, queries: Float[Tensor, "n d"], gallery: Float[Tensor, "g d"]) -> Float[Tensor, "n g"]:
         """Scaled cosines of unit features, with the bias."""
-        return self.scale.detach() * queries @ gallery.T + self.bias
+        return self.scale * queries @ gallery.T + self.bias
 
     @property
     def token_embedding(self) -> nn.Embedding:

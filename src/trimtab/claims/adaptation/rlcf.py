@@ -100,15 +100,14 @@ CLAIM = Claim(
     ),
     budget=180,
     reported={
-        "setting": "CLIP ViT-B/16 judged by ViT-L/14, 64 views, 3 steps",
-        "top-1 accuracy (%)": {
-            "ImageNet-A": {"clip": 47.9, "tpt": 54.8, "rlcf prompt": 65.4, "rlcf encoder": 73.7},
-            "ImageNet-R": {"clip": 74.0, "tpt": 77.1, "rlcf prompt": 83.3, "rlcf encoder": 90.1},
-        },
-        "note": "from memory of the paper's table, not checked against it",
+        "setting": "CLIP ViT-B/16 judged by ViT-L/14 on ImageNet's variants, 64 views, 3 steps",
+        "direction": "RLCF above TPT (entropy minimisation) above zero-shot CLIP on A, V2, R and Sketch; tuning the "
+        "image encoder above tuning the prompt",
     },
     notes=(
         "Policy and judge are two perceptrons with cosine logits on scikit-learn's digits; the judge was trained under "
         "noise, the policy was not, and the test images carry noise of standard deviation 0.45.",
+        "The judge as the classifier is better still on every seed; distillation from it, the paper's ablation, gains "
+        "less than the reward.",
     ),
 )

@@ -10,6 +10,11 @@ the parameters that move are the paper's; how the two distances make one loss, w
 optimizer are inferred: the logarithm of the ratio, whose gradient does not depend on the scale of the features; 1e-3 of
 the mean variance, without which the dead dimensions behind a ReLU could not be inverted; and Tent's optimizer. `form`
 offers the other readings. All normalisation layers move, not batch normalisation alone.
+
+What we found, in the synthetic world of the claim: features do come closer to their true class (the mean distance falls
+by a third) and go away from the others, where the first distance alone (`form="intra"`) shrinks both, as the paper
+shows of global alignment. Accuracy gains nothing by it over batch statistics at any learning rate or batch size that we
+tried, and Tent is ahead: the paper's order, CAFA before Tent, was not seen here.
 """
 
 from __future__ import annotations

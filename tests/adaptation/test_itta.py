@@ -353,6 +353,25 @@ def test_loaders_of_different_lengths_begin_anew():
     first, second, _ = domains()
     prepared = ITTA.prepare(built(Small), [first * 2, second], steps=3, **TRAINING)
     assert prepared["blocks.0.first"].tolist() == [4, 8, 8]
+    same = ITTA.prepare(built(Small), iter([first, second]), steps=3, **TRAINING)
+    assert all(torch.equal(prepared[name], same[name]) for name in prepared)
+
+
+def test_a_single_loader_is_one_domain():
+    first, second, _ = domains()
+    alone, listed = (
+        ITTA.prepare(built(Small), given, steps=3, **TRAINING) for given in (first + second, [first + second])
+    )
+    assert all(torch.equal(alone[name], listed[name]) for name in listed)
+
+
+def test_what_a_batch_costs():
+    itta, passes, gradients = made(), [], []
+    itta.model.network.fc.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    itta.model.network.second.register_full_backward_hook(lambda module, into, out: gradients.append(len(out[0])))
+    itta(images(6))
+    assert sum(passes) / 6 == ITTA.forwards
+    assert sum(gradients) / 6 == ITTA.backwards
 
 
 @pytest.mark.bad_input
@@ -381,6 +400,7 @@ def test_bad_settings_are_refused(settings, message):
         ([], "must hold one loader a domain"),
         ([[]], r"loader\[0\] must yield something"),
         ([[torch.zeros(2, 3, 8, 8)]], r"minibatches\[0\] must be \(inputs, labels\)"),
+        ([torch.zeros(2, 3, 8, 8)], r"minibatches\[0\] must be \(inputs, labels\)"),
         ([[(torch.zeros(2, 3, 8, 8), torch.tensor([0, 3]))]], "must lie in 0..2, found 3 at row 1"),
         ([[(torch.full((2, 3, 8, 8), torch.nan), torch.tensor([0, 1]))]], r"minibatches\[0\] must be finite"),
     ],

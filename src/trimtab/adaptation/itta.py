@@ -23,7 +23,7 @@ What we found:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -127,8 +127,8 @@ class ITTA(Adapter):
         Args:
             model: a classifier whose blocks end in a ReLU, pretrained where it has batch normalisation, whose
                 statistics stay; it stays as it is.
-            loader: one loader a domain, each of batches (inputs, labels), and each begun anew when it ends. The authors
-                take 32 images a domain, 64 small ones.
+            loader: one loader a domain, or a single loader where there is one domain only: batches (inputs, labels).
+                Each is begun anew when it ends. The authors take 32 images a domain, 64 small ones.
             blocks: names of two or more submodules in the order in which they run; those of a ResNet by default.
             steps: updates; 5001, DomainBed's default.
             **settings: those of `ITTATrainer`.
@@ -140,9 +140,13 @@ class ITTA(Adapter):
             InputError: a loader is empty, labels are missing, or a setting is out of range.
         """
         trainer = ITTATrainer(model, blocks, **settings)
-        domains = [progress.endless(domain, f"loader[{i}]") for i, domain in enumerate(loader)]
-        if not domains:
+        loader = list(loader) if isinstance(loader, Iterator) else loader
+        first = next(iter(loader), None)
+        if first is None:
             raise InputError("loader must hold one loader a domain, it holds none")
+        alone = isinstance(first, (tuple, list)) and len(first) > 0 and isinstance(first[0], Tensor)
+        loaders = {"loader": loader} if alone else {f"loader[{i}]": domain for i, domain in enumerate(loader)}
+        domains = [progress.endless(domain, name) for name, domain in loaders.items()]
         steps = checks.integer(steps, "steps", low=1)
         for minibatches in progress.track(islice(zip(*domains), steps), "ITTA training", steps):
             trainer.update(minibatches)

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
@@ -154,6 +154,32 @@ def test_layers_that_follow_the_stream_do_not_follow_destroyed_images():
         assert torch.equal(value, tent.model.get_buffer(name)), name
 
 
+def test_images_in_a_mapping_are_destroyed_and_what_comes_with_them_is_not():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = seeded_net()
+
+        def forward(self, pixel_values, shift, scale):
+            return self.net(scale * pixel_values) + shift
+
+    x, shift = stream()[0], torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    options = {**OPEN, "e_margin": 1.4, "destroy": occlude}
+    wrapped, plain = DeYO(Shifted(), **options), DeYO(seeded_net(), **options)
+    call = plain._call
+
+    def shifted(network, shown):
+        sure = entropy(call(network, x) + shift) < 1.4
+        return call(network, shown) + (shift if len(shown) == 12 else shift[sure])
+
+    plain._call = shifted
+    assert torch.equal(wrapped({"pixel_values": x, "shift": shift, "scale": 1.0}), plain(x))
+    assert 0 < int(wrapped.selected) == int(plain.selected) <= int(plain.reliable) < 12
+    for name, value in plain.moving.items():
+        assert torch.equal(wrapped.moving[f"net.{name}"], value)
+
+
+@settings(max_examples=25)
 @given(st.integers(0, 1000), st.integers(0, 4), st.booleans())
 def test_saved_in_the_middle_it_goes_on_bit_by_bit(seed, cut, pixels):
     xs = 3 * stream(seed, batches=5)
@@ -200,8 +226,8 @@ def test_bad_settings_are_refused(options, message):
 def test_what_cannot_be_destroyed_is_refused_at_the_first_batch():
     with pytest.raises(InputError, match=r"x must be images, .* got torch.float32 \(4, 3\)"):
         DeYO(seeded_net())(torch.zeros(4, 3))
-    with pytest.raises(InputError, match=r"x must be images, .* got dict"):
-        DeYO(seeded_net())({"x": torch.zeros(4, 3, 8, 8)})
+    with pytest.raises(InputError, match=r"images \(n, c, h, w\) under one name, it does under \[\]"):
+        DeYO(seeded_net())({"x": torch.zeros(4, 3)})
     with pytest.raises(InputError, match="sides of at least 4 pixels"):
         DeYO(seeded_net(), e_margin=1e-9)(torch.zeros(4, 3, 3, 3))
     with pytest.raises(InputError, match="window must lie inside"):

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
@@ -86,6 +86,7 @@ def test_the_step_is_the_paper_s(norm):
     assert 0 < int(sar.reliable) < int(sar.samples)
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 1000), st.floats(0, 2))
 def test_a_refused_second_step_leaves_the_parameters_exactly_where_they_were(seed, rho):
     sar = SAR(seeded_net(norm="group"), rho=rho, reset_constant=0.0, **OPEN)
@@ -177,6 +178,7 @@ def test_the_default_constant_is_the_authors_at_a_thousand_classes(classes, limi
         assert int(sar.resets) == resets
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 1000), st.integers(0, 4), st.sampled_from([0.0, 0.6, 0.9]), st.booleans())
 def test_saved_in_the_middle_it_goes_on_bit_by_bit(seed, cut, constant, legacy):
     xs = 3 * stream(seed, batches=5)

@@ -15,8 +15,8 @@ those of the sure images alone, and by a single image where only one is sure.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import ClassVar, Unpack
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from trimtab.adaptation.batch_stats import held, source_statistics, use_batch_st
 from trimtab.adaptation.destroy import check_images, shuffle_patches
 from trimtab.adaptation.lower_norms import lower_norm_parameters
 from trimtab.core import checks
+from trimtab.core.checks import InputError
 
 
 class DeYO(Adapter):
@@ -109,15 +110,13 @@ class DeYO(Adapter):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     def _adapt(self, x: Inputs) -> Tensor:
-        check_images(x)
-        assert isinstance(x, Tensor)
         if int(self.samples) == 0:  # refused now rather than at the first batch that holds a sure image
-            self.destroy(x[:1], torch.Generator())
+            self._destroyed(x, torch.tensor([0]), torch.Generator())
         logits = self._call(self.model, x)
         self._descend(self._loss(x, logits))
         return logits
 
-    def _loss(self, x: Tensor, logits: Tensor) -> Tensor | None:
+    def _loss(self, x: Inputs, logits: Tensor) -> Tensor | None:
         """The mean weighted entropy of the samples to learn from; None where there are none."""
         uniform = math.log(logits.shape[1])
         e_margin = 0.5 * uniform if self.e_margin is None else self.e_margin
@@ -129,7 +128,7 @@ class DeYO(Adapter):
             return None
         alone = self.model if len(reliable) == 1 else nn.Identity()
         with torch.no_grad(), held(self.model), source_statistics(alone):
-            destroyed = self._call(self.model, self.destroy(x[reliable], self.generator))
+            destroyed = self._call(self.model, self._destroyed(x, reliable, self.generator))
             sure, predicted = logits[reliable].softmax(1).max(1)
             plpd = sure - destroyed.softmax(1).gather(1, predicted[:, None])[:, 0]
         on_shape = ~(plpd <= self.plpd_margin)
@@ -140,3 +139,14 @@ class DeYO(Adapter):
         h, plpd = entropies[reliable][on_shape], plpd[on_shape]
         weights = self.weigh_entropy * (e_reference - h.detach()).exp() + self.weigh_plpd * plpd.exp()
         return (weights * h).mean() if self.weigh_entropy or self.weigh_plpd else h.mean()
+
+    def _destroyed(self, x: Inputs, chosen: Tensor, generator: torch.Generator) -> Tensor | Mapping[str, Any]:
+        """The chosen inputs, what is an image among them destroyed."""
+        if isinstance(x, Tensor):
+            check_images(x)
+            return self.destroy(x[chosen], generator)
+        taken = {name: value[chosen] if isinstance(value, Tensor) else value for name, value in x.items()}
+        pictures = {name: value for name, value in taken.items() if isinstance(value, Tensor) and value.ndim == 4}
+        if len(pictures) != 1:
+            raise InputError(f"x must hold images (n, c, h, w) under one name, it does under {list(pictures)}")
+        return taken | {name: self.destroy(value, generator) for name, value in pictures.items()}

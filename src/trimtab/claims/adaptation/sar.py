@@ -17,7 +17,7 @@ RATES = {"2e-2": 2e-2, "5e-2": 5e-2}
 
 
 def run(seed: int) -> dict[str, float]:
-    """Accuracies on one sorted stream at two learning rates, and of SAR with a part left out."""
+    """Accuracies on one sorted stream at two learning rates, and of SAR with parts left out at the larger."""
     world = World(seed, spread=0.7)
     network = world.network(partial(nn.GroupNorm, 4))
     data = world.samples(1600, world.domain(0.35))
@@ -26,14 +26,14 @@ def run(seed: int) -> dict[str, float]:
     for rate, lr in RATES.items():
         sgd = partial(torch.optim.SGD, lr=lr, momentum=0.9)
         sar = partial(SAR, network, optimizer=sgd)
-        adapters = {
-            "tent": Tent(network, optimizer=sgd),
-            "sar": sar(),
-            "sar as published": sar(reset_constant=0.2, legacy_recovery=True, skip_empty=False),
-            "sar, no recovery": sar(reset_constant=0.0),
-            "sar, not sharp": sar(rho=0.0),
-            "sar, filter alone": sar(rho=0.0, reset_constant=0.0),
-        }
+        adapters = {"tent": Tent(network, optimizer=sgd), "sar": sar()}
+        if rate == "5e-2":
+            adapters |= {
+                "sar as published": sar(reset_constant=0.2, legacy_recovery=True, skip_empty=False),
+                "sar, no recovery": sar(reset_constant=0.0),
+                "sar, not sharp": sar(rho=0.0),
+                "sar, filter alone": sar(rho=0.0, reset_constant=0.0),
+            }
         for name, adapter in adapters.items():
             measured[f"accuracy({name}, {rate})"] = run_stream(adapter, stream).accuracy
             if isinstance(adapter, SAR):
@@ -64,4 +64,14 @@ CLAIM = Claim(
         "ResNet-50 with group normalisation": {"source": 30.6, "tent": 22.0, "eata": 31.6, "sar": 37.2},
         "ViT-B": {"source": 29.9, "tent": 47.3, "eata": 49.9, "sar": 58.0},
     },
+    notes=(
+        "Fails on single seeds, not in the mean: on seed 100 Tent does not collapse at the smaller rate (94 %, SAR "
+        "88 %), on seed 101 SAR loses three points to the source at the larger one. In the mean over seeds SAR is 7 "
+        "and 5 points ahead of the source, 14 and 30 ahead of Tent.",
+        "Recovery carries the gain here: at the larger rate SAR has 87 %, without recovery 48 %, with the filter alone "
+        "56 %; Tent has 57 %. Sharpness does not help: the last line is its effect without recovery, and with recovery "
+        "SAR is 2 points better without it.",
+        "As published (reset at 0.2, again on every batch until the average has climbed) it has 86 %, and was reset "
+        "after 124 to 355 of 400 batches; with the constant scaled to ten classes after 12 to 33.",
+    ),
 )

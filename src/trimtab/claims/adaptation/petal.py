@@ -125,4 +125,17 @@ CLAIM = Claim(
         Expectation("error(tent)", minus="error(petal)", at_least=0.3),
     ),
     budget=300,
+    reported={
+        "setting": "mean error (%), severity 5, continual (from memory, not checked)",
+        "CIFAR-10-C": {"norm": 20.4, "tent": 20.7, "cotta": 16.2, "petal, at random": 16.0, "petal": 15.9},
+        "CIFAR-100-C": {"norm": 35.4, "tent": 60.9, "cotta": 32.5, "petal, at random": 32.0, "petal": 31.5},
+        "ImageNet-C, ten orders": {"norm": 72.0, "tent": 66.0, "cotta": 63.2, "petal, at random": 62.9, "petal": 62.7},
+    },
+    notes=(
+        "At this scale PETAL and CoTTA cannot be told apart: mean error over seeds 100 to 104 25.5 and 25.4 %, Brier "
+        "score 0.363 and 0.363, log loss 0.800 and 0.804; plain batch statistics 25.6 %, Tent 87 %.",
+        "Of PETAL's two parts the prior does more than the choice of what to put back: with the prior, but weights put "
+        "back at random, the error is 25.4 % and the log loss 0.795; without the prior, with the choice, 25.7 % and "
+        "0.808. A prior of 1e-4 holds the model where it was: its error is that of batch statistics to three digits.",
+    ),
 )

@@ -102,8 +102,8 @@ CLAIM = Claim(
         "share is owed to 1500 more steps of training for the last layer. With cross entropy alone the same steps give "
         "the source model as much (last layer trained on).",
         "The plain correction, which needs no training, does as well throughout.",
-        "How well the source was trained matters to the last two bounds (Adam, 600 steps, seeds 0 to 2): at 1e-3 / 2e-3 "
-        "/ 5e-3 / 1e-2 the mistaken mix gains 0.14 / 0.04 / 0.02 / 0.03, and the adapter that knows the mix is ahead "
+        "How well the source was trained matters to the last two bounds (Adam, 600 steps, seeds 0 to 2): at 1e-3 / 2e-3"
+        " / 5e-3 / 1e-2 the mistaken mix gains 0.14 / 0.04 / 0.02 / 0.03, and the adapter that knows the mix is ahead "
         "of the correction that knows it by 0.02 / -0.01 / -0.02 / -0.03.",
     ),
 )

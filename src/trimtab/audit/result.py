@@ -59,6 +59,8 @@ class ShiftCell:
     log_loss: Triple
     seconds: float
     failed: str | None = None
+    change: dict[str, Triple] = field(default_factory=dict)
+    """Measures minus the unadapted model's on the same rows, bootstrapped in pairs."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,9 @@ def rebuild(kind: type[Row], row: dict[str, Any]) -> Row:
 
 
 def _numbers(value: Any) -> Any:
-    """A number or a tuple of numbers, as they were before JSON."""
+    """A number, or numbers in tuples or by name, as they were before JSON."""
+    if isinstance(value, dict):
+        return {name: _numbers(x) for name, x in value.items()}
     if isinstance(value, list):
         return tuple(_numbers(x) for x in value)
     return math.nan if value is None else value

@@ -282,11 +282,17 @@ def _follow_shifts(
     """All (shift, adapter) cells, adapter by adapter, and notes; what an earlier run finished is not run again."""
     if not setup.shifts:
         return [], []
-    pairs = [(shift, adapter) for adapter in shifts.ADAPTERS for shift in (shifts.NONE, *setup.shifts)]
-    missing = [pair for pair in pairs if not work.has(_cell_name(*pair))]
+    collected = {shifts.NONE: "collect test", **{name: f"collect shift {name}" for name in setup.shifts}}
+    pairs = [
+        shifts.Pair(shift, adapter, work.file(name), work.folder / "prepared" / f"{adapter}.safetensors")
+        for adapter in shifts.KINDS
+        for shift, name in collected.items()
+    ]
+    missing = [pair for pair in pairs if not work.has(_cell_name(pair.shift, pair.adapter))]
     for cell in shifts.run_cells(setup, spec, missing, workers=workers, settings=settings, end=budget.end):
         work.keep(_cell_name(cell.shift, cell.adapter), cell.__dict__, cell.seconds)
-    kept = [_cell_name(*pair) for pair in pairs if work.has(_cell_name(*pair))]
+    names = [_cell_name(pair.shift, pair.adapter) for pair in pairs]
+    kept = [name for name in names if work.has(name)]
     cells = [rebuild(ShiftCell, work.kept(name)) for name in kept]
     work.seconds["adapt to shifts"] = sum(cell.seconds for cell in cells)
     if len(kept) == len(pairs):

@@ -4,87 +4,91 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
 
-from trimtab.adaptation import (
-    EATA,
-    LAME,
-    Adapter,
-    BatchNormAdapt,
-    CoTTA,
-    RoTTA,
-    Source,
-    Tent,
-    run_stream,
-)
+from trimtab.adaptation import ADAPTERS, Adapter, Prepared, run_stream
 from trimtab.audit import setup as setups
 from trimtab.audit.correct import Settings, triple
 from trimtab.audit.result import ShiftCell, Triple
 from trimtab.audit.setup import Setup
 from trimtab.core.checks import InputError
+from trimtab.core.predictions import Predictions
 from trimtab.core.progress import OutOfTime, in_time, limit, track
 
 NONE = "none"
+KINDS = {kind.__name__: kind for kind in ADAPTERS}
 
 
-def _eata(model: nn.Module, calibration: Iterable[Any]) -> Adapter:
-    return EATA(model, prepared=EATA.prepare(model, calibration))
+@dataclass(frozen=True)
+class Pair:
+    """What one cell is made of.
+
+    Attributes:
+        shift, adapter: names.
+        before: file of what the model, as it is, says about the same stream.
+        prepared: file for what the adapter must know beforehand: read where it exists, made where not.
+    """
+
+    shift: str
+    adapter: str
+    before: Path
+    prepared: Path
 
 
-ADAPTERS: dict[str, Callable[[nn.Module, Iterable[Any]], Adapter]] = {
-    "Source": lambda model, _: Source(model),
-    "BatchNorm": lambda model, _: BatchNormAdapt(model),
-    "Tent": lambda model, _: Tent(model),
-    "EATA": _eata,
-    "CoTTA": lambda model, _: CoTTA(model),
-    "RoTTA": lambda model, _: RoTTA(model),
-    "LAME": lambda model, _: LAME(model),
-}
-"""How each adapter is built from the model and the calibration batches, with its own defaults."""
-
-
-def cell(setup: Setup, shift: str, adapter: str, settings: Settings) -> ShiftCell:
-    """Run one adapter over one stream and measure what it said.
+def cell(setup: Setup, pair: Pair, settings: Settings) -> ShiftCell:
+    """Run one adapter, with its own defaults, over one stream and measure what it said.
 
     An adapter that refuses the model (no normalisation layer, say) leaves a cell that holds its words.
     """
-    stream = setup.test if shift == NONE else setup.shifts[shift]
-    start = time.perf_counter()
+    stream = setup.test if pair.shift == NONE else setup.shifts[pair.shift]
     try:
-        predictions = run_stream(ADAPTERS[adapter](setup.model, setup.calibration), stream)
+        adapter = _built(setup, pair)
+        start = time.perf_counter()
+        predictions = run_stream(adapter, stream)
     except InputError as error:
         nothing: Triple = (float("nan"), float("nan"), float("nan"))
-        return ShiftCell(shift, adapter, 0, nothing, nothing, nothing, 0.0, failed=str(error))
+        return ShiftCell(pair.shift, pair.adapter, 0, nothing, nothing, nothing, 0.0, failed=str(error))
     seconds = time.perf_counter() - start
     headline = settings.essentials(predictions)
     accuracy, ece, log_loss = (triple(headline[name]) for name in ("accuracy", "ece", "log_loss"))
-    return ShiftCell(shift, adapter, predictions.n, accuracy, ece, log_loss, seconds)
+    change = settings.compare(Predictions.read(pair.before), predictions)
+    return ShiftCell(pair.shift, pair.adapter, predictions.n, accuracy, ece, log_loss, seconds, change=change)
+
+
+def _built(setup: Setup, pair: Pair) -> Adapter:
+    kind = KINDS[pair.adapter]
+    if kind.preparation == "none":
+        return kind(setup.model)
+    if not pair.prepared.is_file():
+        known = setup.calibration if setup.train is None else setup.train
+        kind.prepare(setup.model, known).save(pair.prepared)
+    return kind(setup.model, prepared=Prepared.load(pair.prepared))  # type: ignore[call-arg]
 
 
 def run_cells(
-    setup: Setup, spec: str | None, pairs: list[tuple[str, str]], *, workers: int, settings: Settings, end: float
+    setup: Setup, spec: str | None, pairs: list[Pair], *, workers: int, settings: Settings, end: float
 ) -> Iterator[ShiftCell]:
-    """The cells of all (shift, adapter) `pairs`, as they are done; those that are not by `end` are left out.
+    """The cells of all `pairs`, as they are done; those that are not by `end` are left out.
 
     With several workers, each process calls the setup function `spec` once; a setup that was handed over as an object
     is run in this process. `end` is a time of `time.monotonic`.
     """
     if workers == 1 or spec is None or len(pairs) < 2:
-        for shift, adapter in track(pairs, "adapt to shifts"):
-            done = _in_time(setup, shift, adapter, settings, end)
+        for pair in track(pairs, "adapt to shifts"):
+            done = _in_time(setup, pair, settings, end)
             if done is not None:
                 yield done
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(min(workers, len(pairs)), context, _open_worker, (spec, threads)) as pool:
-        futures = [pool.submit(_worker_cell, shift, adapter, settings, end) for shift, adapter in pairs]
+        futures = [pool.submit(_worker_cell, pair, settings, end) for pair in pairs]
         try:
             for future in track(as_completed(futures), "adapt to shifts", total=len(futures)):
                 done = future.result()
@@ -104,12 +108,12 @@ def _open_worker(spec: str, threads: int) -> None:
     _worker_setup = setups.load(spec)
 
 
-def _worker_cell(shift: str, adapter: str, settings: Settings, end: float) -> ShiftCell | None:
-    return _in_time(_worker_setup, shift, adapter, settings, end)
+def _worker_cell(pair: Pair, settings: Settings, end: float) -> ShiftCell | None:
+    return _in_time(_worker_setup, pair, settings, end)
 
 
-def _in_time(setup: Setup, shift: str, adapter: str, settings: Settings, end: float) -> ShiftCell | None:
+def _in_time(setup: Setup, pair: Pair, settings: Settings, end: float) -> ShiftCell | None:
     with suppress(OutOfTime), limit(end - time.monotonic()):
         in_time()
-        return cell(setup, shift, adapter, settings)
+        return cell(setup, pair, settings)
     return None

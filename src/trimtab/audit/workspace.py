@@ -33,9 +33,13 @@ class Workspace:
 
     def predictions(self, name: str, make: Callable[[], Predictions]) -> Predictions:
         """The predictions called `name`, made once."""
-        path = self._path(name).with_suffix(".npz")
+        path = self.file(name)
         self.number(name, lambda: make().write(path))
         return Predictions.read(path)
+
+    def file(self, name: str) -> Path:
+        """Where the predictions called `name` are kept."""
+        return self._path(name).with_suffix(".npz")
 
     def number(self, name: str, make: Callable[[], Any]) -> Any:
         """The plain data (anything JSON can hold, NaN included) called `name`, made once and timed."""

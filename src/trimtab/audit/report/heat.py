@@ -57,26 +57,39 @@ def _heat(result: AuditResult, scale: _Scale) -> Heat:
     adapters = [base, *(name for name in distinct(cell.adapter for cell in result.shifts) if name != base)]
     shifts = distinct(cell.shift for cell in result.shifts)
     triples = {place: getattr(cell, scale.key) if cell.failed is None else _NOTHING for place, cell in cells.items()}
+    changes = {place: cell.change.get(scale.key) for place, cell in cells.items()}
     rows = []
     for shift in shifts:
         reasons = [cells[shift, a].failed or "no number" if (shift, a) in cells else "not run" for a in adapters]
         line = [triples.get((shift, adapter), _NOTHING) for adapter in adapters]
-        rows.append((shift_name(shift), _row(shift_name(shift), adapters, line, reasons, scale)))
+        moved = [changes.get((shift, adapter)) for adapter in adapters]
+        rows.append((shift_name(shift), _row(shift_name(shift), adapters, line, moved, reasons, scale)))
     met = [shift for shift in shifts if shift != UNSHIFTED]
     if len(met) > 1:
         line = [mean_of([triples.get((shift, adapter), _NOTHING) for shift in met]) for adapter in adapters]
-        rows.append((MEAN, _row(MEAN, adapters, line, ["failed on a shift"] * len(adapters), scale)))
+        moved = [_mean_change([changes.get((shift, adapter)) for shift in met]) for adapter in adapters]
+        rows.append((MEAN, _row(MEAN, adapters, line, moved, ["failed on a shift"] * len(adapters), scale)))
     ends = (number(end, scale.share) for end in (scale.worst, scale.best))
     return Heat(scale.key, scale.label, adapters, rows, *ends)
 
 
+def _mean_change(changes: Sequence[Triple | None]) -> Triple | None:
+    known = [change for change in changes if change is not None]
+    return mean_of(known) if len(known) == len(changes) else None
+
+
 def _row(
-    shift: str, adapters: Sequence[str], triples: Sequence[Triple], reasons: Sequence[str], scale: _Scale
+    shift: str,
+    adapters: Sequence[str],
+    triples: Sequence[Triple],
+    changes: Sequence[Triple | None],
+    reasons: Sequence[str],
+    scale: _Scale,
 ) -> list[HeatCell]:
     top = max((scale.better * t[0] for t in triples if math.isfinite(t[0])), default=math.nan)
     base = triples[0]
     cells = []
-    for adapter, triple, reason in zip(adapters, triples, reasons):
+    for adapter, triple, change, reason in zip(adapters, triples, changes, reasons):
         if not math.isfinite(triple[0]):
             text = "\u2013" if reason == "not run" else "failed"
             cells.append(HeatCell(text, tip=f"{adapter}, {shift}: {reason}."))
@@ -90,7 +103,7 @@ def _row(
         if adapter == adapters[0]:
             cells.append(HeatCell(text, level=shade, best=best, tip=f"{tip}; the model as it is."))
             continue
-        verdict = compare(base, triple, scale.better)
+        verdict = compare(base, triple, scale.better, change)
         delta, words = _difference(base, triple, scale.share, verdict)
         cells.append(HeatCell(text, delta, verdict, shade, best, f"{tip}; {words}."))
     return cells

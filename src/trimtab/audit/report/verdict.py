@@ -169,7 +169,11 @@ def shift_sentence(cells: list[ShiftCell]) -> str:
         return f"{fall}; no adapter ran on all of them."
     means = {adapter: mean_of([sound[shift, adapter].accuracy for shift in shifts]) for adapter in complete}
     best = max(complete, key=lambda adapter: means[adapter][0])
-    clear = sum(compare(sound[s, base].accuracy, sound[s, best].accuracy, 1) == "better" for s in shifts)
+    verdicts = [
+        compare(sound[s, base].accuracy, sound[s, best].accuracy, 1, sound[s, best].change.get("accuracy"))
+        for s in shifts
+    ]
+    clear = verdicts.count("better")
     won = means[best][0] - plain[0]
     if clear == 0 or won <= 0:
         return f"{fall}; none of the {plural(len(complete), 'adapter')} tried clearly wins any of it back."

@@ -348,12 +348,17 @@ def test_processes_of_a_distributed_stream_keep_the_mean_of_their_components():
         adapter(x)
     theirs = [buffer for name in LAYERS for buffer in _components(alone[1], name)]
     one = UnMixTNS(seeded_net())
-    answers = iter([torch.ones(()), *theirs])
+    answers = iter([torch.zeros(()), torch.ones(()), *theirs])
     one._group, one.summed = "two processes", lambda value: value + next(answers)
     one(xs[0])
     for name in LAYERS:
         for ours, a, b in zip(*(_components(adapter, name) for adapter in (one, *alone))):
             torch.testing.assert_close(ours, (a + b) / 2)
+    before = everything(one.model)
+    one.summed = lambda value: value + 1  # the other's predictions are not finite
+    one(xs[2])
+    assert same(everything(one.model), before)
+    assert (int(one.updates), int(one.skipped)) == (1, 1)
 
 
 def _components(adapter, name):

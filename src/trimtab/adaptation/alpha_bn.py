@@ -10,6 +10,13 @@ paper gives it to the *source*; the argument here is called `source_weight`. Tha
 Bessel's correction (`unbiased`), so `source_weight=0` is not quite `BatchNormAdapt`; it divides by zero where a channel
 has one value, which is refused here in words. CoRe's loss is reconstructed from the paper's description: the share of
 class correlation that lies between different classes.
+
+What we found, on Fashion-MNIST with a small network and three corruptions (`trimtab claims run 06-alpha-bn`): in
+batches of 4 half and half beats the unadapted model by 17 points and batch statistics by 3; in mixed batches of 100
+batch statistics win by 4. On a stream sorted by class half and half is 12 points above batch statistics, but 4 below
+the unadapted model: there the default, 0.9, holds its level. CoRe gains 0.3 points over 15 mixed batches of 100 with
+Adam 1e-3, and more the longer it runs and the larger its steps: 3.7 over 60 batches at 1e-2, where Tent on the same
+layers begins to lose at 3e-3.
 """
 
 from __future__ import annotations

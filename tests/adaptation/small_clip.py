@@ -24,25 +24,23 @@ def transformers_siglip():
     return built(lambda: SiglipModel(SiglipConfig(text_config=text, vision_config=vision)))
 
 
-def open_clip_clip():
+def open_clip_clip(**options):
     import open_clip
 
     vision = {"image_size": SIZE, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}
     text = {"context_length": LENGTH, "vocab_size": WORDS, "width": 16, "heads": 2, "layers": 2}
-    return built(lambda: open_clip.create_model("ViT-B-32", embed_dim=12, vision_cfg=vision, text_cfg=text))
+    sizes = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+    return built(lambda: open_clip.create_model("ViT-B-32", **sizes, **options))
 
 
-def open_clip_siglip():
+def open_clip_siglip(**options):
     import open_clip
 
     vision = {"image_size": SIZE, "timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"}
     text = {"context_length": LENGTH, "vocab_size": WORDS, "width": 16, "heads": 2, "layers": 2}
     text |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
-    return built(
-        lambda: open_clip.create_model(
-            "ViT-B-16-SigLIP", embed_dim=64, force_image_size=SIZE, vision_cfg=vision, text_cfg=text
-        )
-    )
+    sizes = {"embed_dim": 64, "force_image_size": SIZE, "vision_cfg": vision, "text_cfg": text}
+    return built(lambda: open_clip.create_model("ViT-B-16-SigLIP", **sizes, **options))
 
 
 def images(n, seed=0):

@@ -94,6 +94,31 @@ def test_the_parts_to_tune_are_those_that_matter(make):
     assert {n.split(".")[-1] for n in set(dict(policy.named_parameters())) - set(both)} <= {"logit_scale", "logit_bias"}
 
 
+@pytest.mark.parametrize("make", [small_clip.transformers_clip, small_clip.transformers_siglip])
+def test_weights_on_disk_of_transformers(make, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    face = VisionLanguage(type(model).from_pretrained(tmp_path).eval())
+    x, tokens = images(2), texts(3)
+    expected = own_logits(model, x, tokens)
+    torch.testing.assert_close(face.logits(face.encode_image(x), face.encode_text(tokens)), expected)
+
+
+@pytest.mark.vision
+@pytest.mark.parametrize("make", [small_clip.open_clip_clip, small_clip.open_clip_siglip])
+def test_weights_on_disk_of_open_clip(make, tmp_path):
+    from safetensors.torch import save_file
+
+    model = make()
+    with torch.no_grad():
+        model.logit_scale += 0.5
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    face = VisionLanguage(make(pretrained=str(tmp_path / "open_clip_model.safetensors")))
+    x, tokens = images(2), texts(3)
+    expected = own_logits(model, x, tokens)
+    torch.testing.assert_close(face.logits(face.encode_image(x), face.encode_text(tokens)), expected)
+
+
 def test_embedding_a_gallery_leaves_the_model_alone():
     model = small_clip.transformers_clip().train()
     face = VisionLanguage(model)

@@ -108,6 +108,6 @@ CLAIM = Claim(
         "Policy and judge are two perceptrons with cosine logits on scikit-learn's digits; the judge was trained under "
         "noise, the policy was not, and the test images carry noise of standard deviation 0.45.",
         "The judge as the classifier is better still on every seed; distillation from it, the paper's ablation, gains "
-        "less than the reward.",
+        "less than the reward on average.",
     ),
 )

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toynet import golden_files
-from vision_towers import CLASSES, class_features, every_model, images, zero_shot
+from vision_towers import CLASSES, every_model, images, zero_shot
 
-from trimtab.adaptation import Source, TokenCondensation, vit_blocks
+from trimtab.adaptation import Guard, Source, TokenCondensation, vit_blocks
 from trimtab.adaptation.base import entropy
 from trimtab.adaptation.token_condensation import (
     ReservoirCache,
@@ -28,7 +28,7 @@ from trimtab.adaptation.token_condensation import (
     k_center_greedy,
     partition,
 )
-from trimtab.adaptation.vit_blocks import take_apart
+from trimtab.adaptation.vit_blocks import TowerClassifier, take_apart
 from trimtab.core.checks import InputError
 
 SLUG = "61-tca"
@@ -139,13 +139,11 @@ def test_with_nothing_condensed_and_no_votes_it_is_the_model(make):
     torch.testing.assert_close(TokenCondensation(model, blocks=(2,), drop_rate=0.0, lam=0.0)(x), Source(model)(x))
 
 
-def test_a_tower_alone_with_class_features():
-    tower, x = vision_towers.transformers_tower(), images(2)
-    plain = TokenCondensation(tower, class_features(), logit_scale=7.0, blocks=(), lam=0.0)
-    with torch.no_grad():
-        expected = 7 * F.cosine_similarity(tower(x).pooler_output[:, None], class_features(), dim=2)
-    torch.testing.assert_close(plain(x), expected)
-    assert not torch.allclose(TokenCondensation(tower, class_features(), blocks=(2, 4), lam=0.0)(x) / 100, expected / 7)
+def test_a_tower_alone():
+    x = images(2)
+    model = TowerClassifier(vision_towers.transformers_tower(), vision_towers.class_features())
+    torch.testing.assert_close(TokenCondensation(model, blocks=(), lam=0.0)(x), Source(model)(x))
+    assert not torch.allclose(TokenCondensation(model, blocks=(2, 4), lam=0.0)(x), Source(model)(x))
 
 
 @every_model
@@ -217,7 +215,7 @@ def test_reset_returns_to_the_start(make):
 
 @every_model
 def test_flops_of_the_model_are_its_own_and_of_the_adapter_fewer(make):
-    adapter, model = adapter_of(make), zero_shot(make())
+    adapter, model = adapter_of(make), zero_shot(make()).requires_grad_(False)
     image = images(1)[0]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -338,6 +336,12 @@ def test_a_mapping_of_images():
         assert torch.equal(adapter({"pixel_values": x}), adapter(x))
 
 
+def test_a_guard_watches_it():
+    adapter = adapter_of(vision_towers.transformers_clip, guard=Guard(every=1))
+    adapter(images(4))
+    assert int(adapter.guard.looks) == 1
+
+
 def test_logits_that_are_not_finite_leave_no_trace():
     adapter = adapter_of(vision_towers.transformers_clip)
     with torch.no_grad():
@@ -361,7 +365,6 @@ def test_logits_that_are_not_finite_leave_no_trace():
         ({"ranking": "rank"}, "ranking must be one of attention, head_rank"),
         ({"anchors": "some"}, "anchors must be one of all, available, off"),
         ({"steps": 2}, "steps must be 1"),
-        ({"class_features": torch.eye(3)}, "class_features must be given for a vision tower alone"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -371,7 +374,7 @@ def test_bad_settings_are_refused(settings, message):
 
 @pytest.mark.bad_input
 def test_bad_input_is_refused():
-    with pytest.raises(InputError, match="class_features must be given for a vision tower alone"):
+    with pytest.raises(InputError, match=r"model must be ImageQueries .* or a TowerClassifier, got CLIPVisionModel"):
         TokenCondensation(vision_towers.transformers_tower())
     adapter = adapter_of(vision_towers.transformers_clip, drop_rate=0.5)
     with pytest.raises(InputError, match=r"0\.5 of 36 patches leaves 18, 38 of them doubtful"):

@@ -3,9 +3,9 @@ import torch
 import vision_towers
 from torch import nn
 from toynet import ToyNet, built
-from vision_towers import every_model, images
+from vision_towers import class_features, every_model, images
 
-from trimtab.adaptation.vit_blocks import attention, take_apart
+from trimtab.adaptation.vit_blocks import TowerClassifier, attention, take_apart
 from trimtab.core.checks import InputError
 
 
@@ -24,7 +24,11 @@ def test_the_parts_compute_what_the_model_computes(make):
 
 def test_a_tower_alone():
     tower, x = vision_towers.transformers_tower(), images(2)
-    torch.testing.assert_close(take_apart(tower)(x), tower(x).pooler_output)
+    with torch.no_grad():
+        features = tower(x).pooler_output
+        torch.testing.assert_close(take_apart(tower)(x), features)
+        said = TowerClassifier(tower, class_features(), logit_scale=7.0)(x)
+        torch.testing.assert_close(said, 7 * torch.cosine_similarity(features[:, None], class_features(), dim=2))
 
 
 @pytest.mark.vision
@@ -84,6 +88,15 @@ def test_what_is_not_a_known_tower_is_refused():
     del headless.vision_model.head
     with pytest.raises(InputError, match="a class token or by attention, this vision tower does neither"):
         take_apart(headless)
+
+
+@pytest.mark.bad_input
+def test_a_classifier_of_one_class_or_without_scale_is_refused():
+    tower = vision_towers.transformers_tower()
+    with pytest.raises(InputError, match="class_features must have at least two rows, got 1"):
+        TowerClassifier(tower, class_features()[:1])
+    with pytest.raises(InputError, match="logit_scale must lie in"):
+        TowerClassifier(tower, class_features(), logit_scale=0.0)
 
 
 @pytest.mark.bad_input

@@ -32,16 +32,37 @@ from trimtab.adaptation.slot_training import HungarianMaskLoss, occupancy_loss, 
 from trimtab.adaptation.slot_tta import SlotTTA
 from trimtab.adaptation.slots import SlotAttention, SlotDecoder, SlotEncoder, SlotModel, slot_autoencoder
 from trimtab.adaptation.source import Source
-from trimtab.adaptation.stream import run_stream
+from trimtab.adaptation.stream import Step, run_stream, steps
 from trimtab.adaptation.swag import SwagDiagonal
 from trimtab.adaptation.tent import Tent
 from trimtab.adaptation.token_condensation import TokenCondensation
 from trimtab.adaptation.unmix_tns import UnMixTNS, unmix
 from trimtab.adaptation.views import resized_crops
 from trimtab.adaptation.vision_language import ImageQueries, PromptedClasses, TextQueries, VisionLanguage
+from trimtab.adaptation.vit_blocks import TowerClassifier
 
-ADAPTERS: tuple[type[Adapter], ...] = (Source, BatchNormAdapt, Tent, EATA, CoTTA, RoTTA, LAME)
-"""Every adapter; each works as ``adapter(model)``."""
+ADAPTERS: tuple[type[Adapter], ...] = (
+    Source,
+    BatchNormAdapt,
+    AlphaBN,
+    UnMixTNS,
+    LAME,
+    AdaNPC,
+    LabelShiftAdapter,
+    Tent,
+    EATA,
+    CoRe,
+    CAFA,
+    OSTTA,
+    DeYO,
+    SAR,
+    RoTTA,
+    RMT,
+    PETAL,
+    CoTTA,
+)
+"""Every adapter for any classifier, the cheapest first: each works as ``adapter(model)`` or, where its `preparation` is
+required, as ``adapter(model, prepared=adapter.prepare(model, source))``."""
 
 __all__ = [
     "ADAPTERS",
@@ -84,10 +105,12 @@ __all__ = [
     "SlotModel",
     "SlotTTA",
     "Source",
+    "Step",
     "SwagDiagonal",
     "Tent",
     "TextQueries",
     "TokenCondensation",
+    "TowerClassifier",
     "UnMixTNS",
     "VisionLanguage",
     "confidence_filter",
@@ -102,6 +125,7 @@ __all__ = [
     "shuffle_patches",
     "shuffle_pixels",
     "slot_autoencoder",
+    "steps",
     "strong_augment",
     "symmetric_cross_entropy",
     "train_slots",

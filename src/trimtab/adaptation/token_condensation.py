@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trimtab.adaptation import vit_blocks
 from trimtab.adaptation.base import Adapter, Inputs, Options, entropy
 from trimtab.adaptation.vision_language import ImageQueries
-from trimtab.adaptation.vit_blocks import Block, VisionTransformer
+from trimtab.adaptation.vit_blocks import Block, TowerClassifier, VisionTransformer
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 
@@ -63,10 +63,7 @@ class TokenCondensation(Adapter):
 
     Args:
         model: a zero-shot classifier, `ImageQueries`, over a CLIP or SigLIP model of ``transformers`` or ``open_clip``
-            whose vision tower `vit_blocks.take_apart` knows; or such a tower alone, with `class_features`.
-        class_features: unit rows (c, d), one a class, in the space of the tower's features; for a tower alone.
-        logit_scale: what cosines with `class_features` are multiplied by, > 0; 100, as in CLIP. `ImageQueries` has its
-            own.
+            whose vision tower `vit_blocks.take_apart` knows; or such a tower alone in a `TowerClassifier`.
         blocks: numbers of the blocks that condense, from 0; not the first one. (3, 6, 9), the authors', for 12 blocks.
         drop_rate: share of patches that each of these blocks drops, in [0, 1); 0 condenses nothing. 0.1, the authors'
             driver's: 197 tokens become 143, 104, 77. Their README recommends 0.035: 182, 167, 155. Above a third there
@@ -94,7 +91,7 @@ class TokenCondensation(Adapter):
         >>> from transformers import CLIPVisionConfig, CLIPVisionModel
         >>> shape = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2)
         >>> tower = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=4, **shape))
-        >>> adapter = TokenCondensation(tower, torch.eye(3, 8), blocks=(1, 2))
+        >>> adapter = TokenCondensation(TowerClassifier(tower, torch.eye(3, 8)), blocks=(1, 2))
         >>> adapter(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))).shape
         torch.Size([2, 3])
         >>> int(adapter.reservoir.counts.sum())
@@ -107,14 +104,11 @@ class TokenCondensation(Adapter):
     """
 
     forwards: ClassVar[float] = 1
-    class_features: Tensor | None
 
     def __init__(
         self,
-        model: nn.Module,
-        class_features: Float[Tensor, "c d"] | None = None,
+        model: ImageQueries | TowerClassifier,
         *,
-        logit_scale: float = 100.0,
         blocks: Sequence[int] = (3, 6, 9),
         drop_rate: float = 0.1,
         ranking: Ranking = "attention",
@@ -129,15 +123,11 @@ class TokenCondensation(Adapter):
         super().__init__(model, **options)
         if self.steps != 1:
             raise InputError(f"steps must be 1, an image enters the reservoir once, got {self.steps}")
-        if isinstance(self.model, ImageQueries) != (class_features is None):
-            raise InputError("class_features must be given for a vision tower alone, and not beside ImageQueries")
-        features = self.model.gallery if isinstance(self.model, ImageQueries) else class_features
-        assert features is not None
-        first = next(self.model.parameters())
-        self.register_buffer("class_features", None)
-        if class_features is not None:
-            checks.matrix(class_features, "class_features")
-            self.class_features = class_features.detach().to(first.device, _wide(first.dtype), copy=True)
+        if not isinstance(self.model, ImageQueries | TowerClassifier):
+            raise InputError(
+                "model must be ImageQueries over a CLIP or SigLIP model, or a TowerClassifier, "
+                f"got {type(self.model).__name__}"
+            )
         parts = vit_blocks.take_apart(self._tower)
         self.blocks = tuple(
             checks.integer(number, f"blocks[{i}]", low=1, high=len(parts.blocks) - 1) for i, number in enumerate(blocks)
@@ -145,16 +135,27 @@ class TokenCondensation(Adapter):
         self.drop_rate = checks.number(drop_rate, "drop_rate", low=0.0, high=1.0, high_open=True)
         self.ranking: Ranking = checks.one_of(ranking, "ranking", Ranking)
         self.anchors: Anchors = checks.one_of(anchors, "anchors", Anchors)
-        self.logit_scale = checks.number(logit_scale, "logit_scale", low=0.0, low_open=True)
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
-        shape, wide = (len(features), len(parts.blocks), parts.width), _wide(first.dtype)
-        self.reservoir = ReservoirCache(*shape, size=size, lam=lam, beta=beta, scale=scale, dtype=wide).to(first.device)
+        first = next(self.model.parameters())
+        self.reservoir = ReservoirCache(
+            len(self.model.gallery if isinstance(self.model, ImageQueries) else self.model.class_features),
+            len(parts.blocks),
+            parts.width,
+            size=size,
+            lam=lam,
+            beta=beta,
+            scale=scale,
+            dtype=_wide(first.dtype),
+        ).to(first.device)
         self._begin()
 
     @property
     def _tower(self) -> nn.Module:
-        return self.model.face.model if isinstance(self.model, ImageQueries) else self.model
+        if isinstance(self.model, ImageQueries):
+            return self.model.face.model
+        assert isinstance(self.model, TowerClassifier)
+        return self.model.tower
 
     def flops(self, image: Float[Tensor, "c h w"]) -> Flops:
         """Count the operations for one image; nothing is adapted. They grow by little as the reservoir fills.
@@ -218,11 +219,11 @@ class TokenCondensation(Adapter):
         return parts.finish(tokens), torch.stack(summaries)
 
     def _classify(self, features: Tensor) -> Tensor:
-        unit = F.normalize(features.to(_wide(features.dtype)), dim=1)
         if isinstance(self.model, ImageQueries):
+            unit = F.normalize(features.to(_wide(features.dtype)), dim=1)
             return self.model.face.logits(unit, self.model.gallery)
-        assert self.class_features is not None
-        return self.logit_scale * unit @ self.class_features.T
+        assert isinstance(self.model, TowerClassifier)
+        return self.model.classify(features)
 
 
 def condensed(

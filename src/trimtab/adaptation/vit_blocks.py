@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from trimtab.core import checks
 from trimtab.core.checks import InputError
 
 Map = Callable[[Tensor], Tensor]
@@ -89,6 +90,38 @@ class VisionTransformer(NamedTuple):
         if self.probe is None:
             return tokens[:, 0]
         return (self.probe(tokens).mean(1, keepdim=True) @ tokens)[:, 0]
+
+
+class TowerClassifier(nn.Module):
+    """A vision tower alone as a classifier: scaled cosines of its features with those of the classes.
+
+    Args:
+        tower: what `take_apart` takes.
+        class_features: unit rows (c, d), one a class, in the space of the tower's features.
+        logit_scale: what cosines are multiplied by, > 0; 100, as in CLIP.
+
+    Raises:
+        InputError: `class_features` is no finite matrix of two rows or more, or the scale is not positive.
+    """
+
+    class_features: Tensor
+
+    def __init__(self, tower: nn.Module, class_features: Float[Tensor, "c d"], *, logit_scale: float = 100.0):
+        super().__init__()
+        if len(checks.matrix(class_features, "class_features")) < 2:
+            raise InputError(f"class_features must have at least two rows, got {len(class_features)}")
+        self.tower = tower
+        self.logit_scale = checks.number(logit_scale, "logit_scale", low=0.0, low_open=True)
+        self.register_buffer("class_features", class_features.detach().clone())
+
+    def forward(self, images: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n c"]:
+        """Logits."""
+        return self.classify(take_apart(self.tower)(images))
+
+    def classify(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
+        """Logits from features of the tower."""
+        classes = self.class_features.to(torch.promote_types(self.class_features.dtype, torch.float32))
+        return self.logit_scale * F.normalize(features.to(classes.dtype), dim=1) @ classes.T
 
 
 def take_apart(model: nn.Module) -> VisionTransformer:

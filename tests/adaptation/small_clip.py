@@ -33,14 +33,14 @@ def open_clip_clip(**options):
     return built(lambda: open_clip.create_model("ViT-B-32", **sizes, **options))
 
 
-def open_clip_siglip(**options):
+def open_clip_siglip():
     import open_clip
 
     vision = {"image_size": SIZE, "timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"}
     text = {"context_length": LENGTH, "vocab_size": WORDS, "width": 16, "heads": 2, "layers": 2}
     text |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
     sizes = {"embed_dim": 64, "force_image_size": SIZE, "vision_cfg": vision, "text_cfg": text}
-    return built(lambda: open_clip.create_model("ViT-B-16-SigLIP", **sizes, **options))
+    return built(lambda: open_clip.create_model("ViT-B-16-SigLIP", **sizes))
 
 
 def images(n, seed=0):

@@ -105,15 +105,14 @@ def test_weights_on_disk_of_transformers(make, tmp_path):
 
 
 @pytest.mark.vision
-@pytest.mark.parametrize("make", [small_clip.open_clip_clip, small_clip.open_clip_siglip])
-def test_weights_on_disk_of_open_clip(make, tmp_path):
+def test_weights_on_disk_of_open_clip(tmp_path):
     from safetensors.torch import save_file
 
-    model = make()
+    model = small_clip.open_clip_clip()
     with torch.no_grad():
         model.logit_scale += 0.5
-    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
-    face = VisionLanguage(make(pretrained=str(tmp_path / "open_clip_model.safetensors")))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    face = VisionLanguage(small_clip.open_clip_clip(pretrained=str(tmp_path / "model.safetensors")))
     x, tokens = images(2), texts(3)
     expected = own_logits(model, x, tokens)
     torch.testing.assert_close(face.logits(face.encode_image(x), face.encode_text(tokens)), expected)

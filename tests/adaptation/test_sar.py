@@ -136,6 +136,15 @@ def test_without_reliable_samples_nothing_moves_unless_asked():
     assert torch.equal(still.mean_loss, moving.mean_loss)
 
 
+def test_processes_share_the_average_and_those_without_samples_do_not_weigh():
+    sar = SAR(seeded_net())
+    sar.summed = lambda counts: counts + torch.tensor([0.75, 1.0])
+    sar._follow(torch.tensor([0.25, 0.25]))
+    assert float(sar.mean_loss) == 0.5
+    sar._follow(torch.empty(0))
+    assert float(sar.mean_loss) == pytest.approx(0.9 * 0.5 + 0.1 * 0.75)
+
+
 def test_recovery_starts_afresh():
     sar = SAR(seeded_net(norm="group"), reset_constant=10.0, **OPEN)
     xs = stream()

@@ -13,6 +13,12 @@ the teacher's logits, not their sum, whose softmax is twice as sharp as either (
 The symmetric part is what makes it robust: with p the model's and q the teacher's probabilities, the gradient of the
 plain cross-entropy with respect to the logits is p - q, while that of its mirror image is p (E_p[log q] - log q), which
 fades where the teacher is unsure. Both are checked exactly in the tests.
+
+What we found, on a stream of six corruptions of Fashion-MNIST, three times over without a reset (mean error of five
+seeds): source model 64 %, batch statistics 41 %, Tent 41 % and, at ten times the step, 48 %; a mean teacher with plain
+cross-entropy and replay 39 %, RMT 37 %. Without replay it is 40 % and 39 %: RMT was ahead on each of these seeds, but
+behind on both that we developed on (36.4 and 37.2 %, 38.6 and 38.9 %), so do not count on it. The mean of the logits
+has a log loss of 1.06, their sum one of 1.35.
 """
 
 from __future__ import annotations

@@ -16,6 +16,12 @@ code stops; variances come from a sum of squares that cannot be negative.
 The authors' script for the posterior fine-tunes in eval mode (batch normalisation by the source's statistics, no
 dropout), as its loader of models ends with ``eval()``; and it *raises* the learning rate, from 0.0008 to 0.01. Both are
 followed.
+
+What we found: on a small lifelong stream (the claim, digits under five corruptions, eight rounds) PETAL errs as much as
+CoTTA (25.5 and 25.4 %), and both as much as plain batch statistics (25.6 %), while Tent on all parameters collapses (87
+%). What helps probabilities there is the prior, not the choice of what to put back: log loss 0.804 for CoTTA, 0.795
+with the prior alone, 0.808 with the choice alone, 0.800 with both. `prior_weight` is an absolute scale: 1e-4 instead of
+1e-6 holds that model where it was.
 """
 
 from __future__ import annotations

@@ -137,5 +137,7 @@ CLAIM = Claim(
         "Of PETAL's two parts the prior does more than the choice of what to put back: with the prior, but weights put "
         "back at random, the error is 25.4 % and the log loss 0.795; without the prior, with the choice, 25.7 % and "
         "0.808. A prior of 1e-4 holds the model where it was: its error is that of batch statistics to three digits.",
+        "Tried besides: seeds 0 to 3 and 105 to 107. Over all twelve seeds CoTTA's error minus PETAL's lies between "
+        "-1.1 and 1.7 points, 0.2 in the mean; a smaller stream could show any sign.",
     ),
 )

@@ -11,8 +11,8 @@ outside is refused. Eval mode is used instead of ``model.train()`` (`train_mode`
 normalisation layers move, not three. With batch normalisation, the destroyed images are normalised by themselves: by
 those of the sure images alone, and by a single image where only one is sure.
 
-What we found, where a colour went with the class in training and against it in the stream (its claim): 61 % in the worst
-group of class and colour, Tent 54 % and plain batch statistics 54 %, learning from a third of the images.
+What we found, where a colour went with the class in training and against it in the stream (its claim): 61 % in the
+worst group of class and colour, Tent 54 % and plain batch statistics 54 %, learning from a third of the images.
 """
 
 from __future__ import annotations

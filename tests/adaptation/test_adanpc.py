@@ -217,3 +217,13 @@ def test_bad_input_is_refused():
         AdaNPC(net, prepared, batch_norm=True)(stream(n=1)[0])
     with pytest.raises(InputError, match="k must be at least 1"):
         AdaNPC(net, prepared, k=0)
+
+
+@kinds
+def test_mixed_precision_and_black_and_short_batches(settings):
+    adapter = build(**settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x in (stream()[0], torch.zeros(6, 3, 8, 8), stream(n=2)[0]):
+            outputs = adapter(x)
+            assert outputs.dtype == adapter.classifier.memory.dtype == torch.float32
+            torch.testing.assert_close(outputs.sum(1), torch.ones(len(x)))

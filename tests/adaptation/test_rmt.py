@@ -422,3 +422,13 @@ def test_a_bad_source_to_replay_is_refused(batches, message):
     rmt = RMT(net, RMT.prepare(net, source()), source=batches, **SETTINGS)
     with pytest.raises(InputError, match=message):
         rmt(stream()[0])
+
+
+def test_mixed_precision_and_black_and_short_batches():
+    rmt = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x in (stream()[0], torch.zeros(6, 3, 8, 8), stream(n=2)[0]):
+            outputs = rmt(x)
+            assert outputs.dtype == torch.float32
+            assert outputs.isfinite().all()
+    assert (int(rmt.updates), int(rmt.skipped)) == (3, 0)

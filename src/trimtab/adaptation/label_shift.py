@@ -25,7 +25,7 @@ trained for longer: it is there with the source's mix too, and cross entropy alo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +34,14 @@ from torch import Tensor, nn
 
 from trimtab.adaptation.base import Adapter, Inputs, Options
 from trimtab.adaptation.batch_stats import use_batch_statistics
+from trimtab.adaptation.changed_linear import Change, ChangedLinear, changed
 from trimtab.adaptation.prepared import Prepared
 from trimtab.adaptation.state import Tensors
 from trimtab.core import checks, modules, progress
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
 
-_BALANCED = 0.01
+_BALANCED = 0.01  # squared coefficient of variation of the shares
 _TINY = 1e-12
 
 
@@ -115,9 +116,9 @@ class LabelShiftAdapter(Adapter):
         prepared.check("LabelShiftAdapter", model)
         super().__init__(model, **options)
         layer = modules.head(self.model, head)
-        c = layer.out_features
-        if not _fits(prepared, layer):
-            raise InputError(f"prepared must fit the head ({c} classes, {layer.in_features} features), got {prepared}")
+        c, d = layer.out_features, layer.in_features
+        if len(prepared["prior"]) != c or len(prepared.get("output.bias", ())) not in (0, c * d + c + 2 * d):
+            raise InputError(f"prepared must fit the head ({c} classes, {d} features), got {prepared}")
         self.momentum = checks.number(momentum, "momentum", low=0.0, high=1.0)
         self.floor = checks.number(floor, "floor", low=0.0, high=1 / c, high_open=True)
         self._dtype = layer.weight.dtype
@@ -126,13 +127,12 @@ class LabelShiftAdapter(Adapter):
         self.register_buffer("start", mix / mix.sum())
         self.register_buffer("target", self.start.clone())
         self.network = Tensors({name: tensor.to(precise) for name, tensor in prepared.items()})
-        self.model = modules.replace(self.model, nn.Linear, lambda found: _Shifted(layer) if found is layer else found)
+        self.model = modules.replace(self.model, nn.Linear, lambda m: ChangedLinear(layer) if m is layer else m)
         self._begin()
         inside = host(self.model, inplace=True)
         if not isinstance(inside, Adapter):
             raise InputError(f"host must give an Adapter, it gave {type(inside).__name__}")
-        inside._group = self._group
-        self._rows_interact = inside._rows_interact
+        inside._group, self._rows_interact = self._group, inside._rows_interact
         self.model = inside
 
     @property
@@ -187,7 +187,7 @@ class LabelShiftAdapter(Adapter):
         layer = modules.head(model, head)
         checks.number(tau, "tau", low=0.0, low_open=True)
         checks.number(lr, "lr", low=0.0, low_open=True)
-        for value, name in ((hidden, "hidden"), (steps, "steps"), (batch, "batch")):
+        for name, value in {"hidden": hidden, "steps": steps, "batch": batch}.items():
             checks.integer(value, name, low=1)
         source = Predictions.collect(model, loader, features=head or True, description="source features")
         if source.labels is None:
@@ -202,8 +202,9 @@ class LabelShiftAdapter(Adapter):
                 "loader must hold some classes more often than others: the degree of imbalance of a balanced source "
                 "says nothing; use PriorShiftCorrection"
             )
-        weight, bias = _float(layer.weight), None if layer.bias is None else _float(layer.bias)
-        x, y = _float(source.needed("features")).to(weight.device), source.labels.to(weight.device)
+        weight, bias = (None if p is None else p.detach().float() for p in (layer.weight, layer.bias))
+        assert weight is not None
+        x, y = source.needed("features").to(weight), source.labels.to(weight.device)
         generator = torch.Generator().manual_seed(seed)
         network = _fresh(hidden, layer, generator)
         adam = torch.optim.Adam(network.values(), lr=lr)
@@ -212,7 +213,7 @@ class LabelShiftAdapter(Adapter):
             rows = torch.randint(len(x), (batch,), generator=generator)
             mix = mixes[int(torch.randint(3, (), generator=generator))]
             with torch.enable_grad():
-                logits = _shift(x[rows], weight, bias, _trained_change(network, mix, prior))
+                logits = changed(x[rows], weight, bias, _trained_change(network, mix, prior))
                 loss = logit_adjusted_loss(logits, y[rows], prior, mix, tau)
             adam.zero_grad()
             torch.autograd.backward(loss)
@@ -239,14 +240,14 @@ class LabelShiftAdapter(Adapter):
         """What the host says, its last layers changed to suit the estimate."""
         change = self._change()
         for layer in self.model.modules():
-            if isinstance(layer, _Shifted):  # a host may keep copies of the model: teachers, anchors
+            if isinstance(layer, ChangedLinear):  # a host may keep copies of the model: teachers, anchors
                 layer.change = change
         return self.host(x) if self.host.outputs == "logits" else self.host.log_probs(x)
 
     def _change(self) -> Change:
         network = self.network.named()
-        by_hand = "tau" in network
-        change = (_plain_change if by_hand else _trained_change)(network, self.target, network["prior"])
+        make = _plain_change if "tau" in network else _trained_change
+        change = make(network, self.target, network["prior"])
         return Change(*(tensor.to(self._dtype) for tensor in change))
 
     def _estimate(self, probs: Tensor) -> bool:
@@ -254,8 +255,8 @@ class LabelShiftAdapter(Adapter):
         finite = probs.isfinite().all(1)
         totals = self.summed(torch.cat((probs[finite].sum(0), finite.sum()[None].to(probs))))
         if totals[-1] > 0:
-            mix = self.momentum * self.target + (1 - self.momentum) * (totals[:-1] / totals[-1]).to(self.target)
-            mix = mix.clamp_min(self.floor)
+            mean = (totals[:-1] / totals[-1]).to(self.target)
+            mix = (self.momentum * self.target + (1 - self.momentum) * mean).clamp_min(self.floor)
             self.target = mix / mix.sum()
         return bool(finite.all())
 
@@ -319,35 +320,6 @@ def logit_adjusted_loss(
     return F.cross_entropy(logits + tau * _log_ratio(prior, mix).to(logits), labels)
 
 
-class Change(NamedTuple):
-    """What is added to the last layer's weight and bias, and the scale (less 1) and shift of its input."""
-
-    weight: Float[Tensor, "*cd"]
-    bias: Float[Tensor, " c"]
-    scale: Float[Tensor, "*d"]
-    shift: Float[Tensor, "*d"]
-
-
-class _Shifted(nn.Linear):
-    """The model's own last layer, the same parameters, with a change on top that is nobody's to train or to restore."""
-
-    def __init__(self, layer: nn.Linear):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, layer.bias
-        self.change: Change | None = None
-
-    def forward(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n c"]:
-        if self.change is None:
-            return F.linear(features, self.weight, self.bias)
-        return _shift(features, self.weight, self.bias, self.change)
-
-
-def _shift(features: Tensor, weight: Tensor, bias: Tensor | None, change: Change) -> Tensor:
-    bias = change.bias if bias is None else bias + change.bias
-    return F.linear((1 + change.scale) * features + change.shift, weight + change.weight, bias)
-
-
 def _trained_change(network: Mapping[str, Tensor], mix: Tensor, prior: Tensor) -> Change:
     degree = imbalance_degree(mix, prior).to(network["hidden.bias"])
     units = F.relu(network["hidden.weight"] * degree + network["hidden.bias"])
@@ -378,13 +350,3 @@ def _fresh(hidden: int, layer: nn.Linear, generator: torch.Generator) -> dict[st
         "output.bias": torch.zeros(outputs),
     }
     return {name: tensor.to(layer.weight.device).requires_grad_() for name, tensor in network.items()}
-
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor.detach().float()
-
-
-def _fits(prepared: Prepared, layer: nn.Linear) -> bool:
-    c, d = layer.out_features, layer.in_features
-    outputs = prepared.get("output.bias")
-    return len(prepared["prior"]) == c and (outputs is None or len(outputs) == c * d + c + 2 * d)

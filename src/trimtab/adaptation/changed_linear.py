@@ -1,0 +1,45 @@
+"""A linear layer with a change on top: what a method writes from batch to batch, and no optimizer or reset reaches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Change(NamedTuple):
+    """What is added to a layer's weight and bias, and the scale (less 1) and shift of its input; numbers serve too."""
+
+    weight: Float[Tensor, "*cd"]
+    bias: Float[Tensor, "*c"]
+    scale: Float[Tensor, "*d"]
+    shift: Float[Tensor, "*d"]
+
+
+class ChangedLinear(nn.Linear):
+    """The given layer, the same parameters under the same names, with `change` applied where there is one.
+
+    It is an `nn.Linear` still: what looks for the model's head, or for the features that it is given, finds them.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self.change: Change | None = None
+
+    def forward(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n c"]:
+        """The outputs of the layer as it is changed."""
+        if self.change is None:
+            return F.linear(features, self.weight, self.bias)
+        return changed(features, self.weight, self.bias, self.change)
+
+
+def changed(
+    features: Float[Tensor, "*n d"], weight: Float[Tensor, "c d"], bias: Float[Tensor, " c"] | None, change: Change
+) -> Float[Tensor, "*n c"]:
+    """(W + dW) ((1 + scale) h + shift) + b + db."""
+    bias = change.bias if bias is None else bias + change.bias
+    return F.linear((1 + change.scale) * features + change.shift, weight + change.weight, bias)

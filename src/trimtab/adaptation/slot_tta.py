@@ -48,8 +48,8 @@ class SlotTTA(Adapter):
     Args:
         model: a slot model.
         reconstruction_loss: ``reconstruction_loss(prediction, x)`` for one scene; mean squared error.
-        optimizer: builds the optimizer from the parameters that move. Default Adam 5e-4; the rate decides much: four
-            times that destroys the slots of a small model (see the claim).
+        optimizer: builds the optimizer from the parameters that move. Default Adam 5e-4, the authors'; too large a rate
+            destroys the slots.
         optimizer_state: ``state_dict()`` of the training's optimizer over the same parameters, to begin each scene
             with; None begins anew.
         parameters_of: chooses the parameters that move, by name; all.

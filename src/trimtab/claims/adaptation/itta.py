@@ -83,11 +83,20 @@ CLAIM = Claim(
         Expectation("moved(learned, batches of 30)", at_least=1e-4, every_seed=True),
         Expectation("moved(learned, batches of 1)", at_most=0.0, every_seed=True),
     ),
-    budget=200,
+    budget=60,
     reported={
         "low confidence": "from memory of the paper",
         "setting": "DomainBed, ResNet-18, leave one domain out, accuracy %",
         "ERM": {"PACS": 79.8, "VLCS": 75.8, "OfficeHome": 60.6, "TerraIncognita": 38.8, "DomainNet": 35.3},
         "ITTA": {"PACS": 83.8, "VLCS": 76.9, "OfficeHome": 62.0, "TerraIncognita": 43.2, "DomainNet": 34.9},
     },
+    notes=(
+        "It fails on one seed of five (104): there the two losses are unrelated without learning too (2.03), and "
+        "learning has nothing to undo (2.04). With seeds 0 to 2, which the experiment was set up on, and 100 to 103 the "
+        "learnt loss has the smaller penalty.",
+        "A penalty of 2 says that the gradients have nothing in common. Learning takes away what conflicts (2.1 to 3.0 "
+        "without it), down to about 2; it brings no agreement in these 150 steps.",
+        "Accuracy on the unseen domain is saturated (99 to 100 %) before and after adaptation, so this world says "
+        "nothing about the gain in accuracy that the paper reports.",
+    ),
 )

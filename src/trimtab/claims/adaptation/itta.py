@@ -92,8 +92,8 @@ CLAIM = Claim(
     },
     notes=(
         "It fails on one seed of five (104): there the two losses are unrelated without learning too (2.03), and "
-        "learning has nothing to undo (2.04). With seeds 0 to 2, which the experiment was set up on, and 100 to 103 the "
-        "learnt loss has the smaller penalty.",
+        "learning has nothing to undo (2.04). With seeds 0 to 2, on which the experiment was set up, and 100 to 103 "
+        "the learnt loss has the smaller penalty.",
         "A penalty of 2 says that the gradients have nothing in common. Learning takes away what conflicts (2.1 to 3.0 "
         "without it), down to about 2; it brings no agreement in these 150 steps.",
         "Accuracy on the unseen domain is saturated (99 to 100 %) before and after adaptation, so this world says "

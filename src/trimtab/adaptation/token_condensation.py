@@ -17,8 +17,15 @@ The released code has no SigLIP. These models have no class token; what plays it
 final pooling is one learned query, which is asked at every block what it would gather there. Its weights rank the
 patches, and the mean that they make, which lives where the tokens live, is what the reservoir keeps.
 
-FLOPs are counted by `TokenCondensation.flops`, reservoir included. `torch.utils.flop_counter` must not be trusted on
-fused attention: on the CPU it leaves it out, without a word; it is counted in its plain form here.
+What we found on small models: the votes are what helps (11 points under blur, 9 under rotation, 1 under noise; nothing
+where the model is always wrong). Condensing at 0.1 costs 0.8 points of a small vision transformer's 81, half of what
+dropping as many patches by chance costs, but not on every seed; at 0.2 it costs 5.6, no less than chance. Anchors move
+accuracy by 0.2 points at most. So begin with a small `drop_rate`, and hold it against 0.
+
+FLOPs are counted by `TokenCondensation.flops`, reservoir included. Counted for CLIP ViT-B/16 and 100 classes: 35.1 G
+an image as it is; 10.6 % fewer at a drop rate of 0.035, 32.4 % at 0.1, 54.5 % at 0.2 (the paper reports 12.2 % to
+48.9 %). `torch.utils.flop_counter` must not be trusted on fused attention: on the CPU it leaves it out without a word,
+4 % of that model and far more of small ones; it is counted in its plain form here.
 """
 
 from __future__ import annotations
@@ -107,7 +114,7 @@ class TokenCondensation(Adapter):
 
     def __init__(
         self,
-        model: ImageQueries | TowerClassifier,
+        model: nn.Module,
         *,
         blocks: Sequence[int] = (3, 6, 9),
         drop_rate: float = 0.1,
@@ -135,7 +142,7 @@ class TokenCondensation(Adapter):
         self.drop_rate = checks.number(drop_rate, "drop_rate", low=0.0, high=1.0, high_open=True)
         self.ranking: Ranking = checks.one_of(ranking, "ranking", Ranking)
         self.anchors: Anchors = checks.one_of(anchors, "anchors", Anchors)
-        self.seed = seed
+        self.seed = checks.integer(seed, "seed", low=0)
         self.generator = torch.Generator().manual_seed(seed)
         first = next(self.model.parameters())
         self.reservoir = ReservoirCache(
@@ -161,7 +168,7 @@ class TokenCondensation(Adapter):
         """Count the operations for one image; nothing is adapted. They grow by little as the reservoir fills.
 
         Convolutions, linear layers, attention and the reservoir's cosines are counted, two operations a product and its
-        sum; not norms, activations, sorting and the distances of merging, which together are far below a hundredth.
+        sum; not norms, activations, sorting and the distances of merging, less than a hundredth in a ViT-B.
         """
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             parts = vit_blocks.take_apart(self._tower)

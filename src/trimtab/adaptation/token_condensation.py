@@ -19,8 +19,8 @@ patches, and the mean that they make, which lives where the tokens live, is what
 
 What we found on small models: the votes are what helps (11 points under blur, 9 under rotation, 1 under noise; nothing
 where the model is always wrong). Condensing at 0.1 costs 0.8 points of a small vision transformer's 81, where dropping
-as many patches by chance costs 1.7, but from seed to seed this varies; at 0.2 it costs 5.6, no less than chance. Anchors
-move accuracy by 0.2 points at most. So begin with a small `drop_rate`, and hold it against 0.
+as many patches by chance costs 1.7, but from seed to seed this varies; at 0.2 it costs 5.6, no less than chance.
+Anchors move accuracy by 0.2 points at most. So begin with a small `drop_rate`, and hold it against 0.
 
 FLOPs are counted by `TokenCondensation.flops`, reservoir included. Counted for CLIP ViT-B/16 and 100 classes: 35.1 G
 an image as it is; 10.6 % fewer at a drop rate of 0.035, 32.4 % at 0.1, 54.5 % at 0.2 (the paper reports 12.2 % to

@@ -40,7 +40,7 @@ def run(seed: int) -> dict[str, float]:
         by_class = sorted_by_label(data.tensors[1], world.generator)
         streams = {
             "sorted": (by_class, BATCH, BUILDERS.keys()),
-            "one by one": (by_class, 1, ("source", "unmix")),
+            "one by one": (by_class, 1, ("unmix",)),
             "iid": (torch.arange(SAMPLES), BATCH, ("source", "norm", "unmix")),
         }
         for stream, (order, size, names) in streams.items():
@@ -70,9 +70,7 @@ CLAIM = Claim(
                     f"accuracy(unmix, {shift}, sorted)", minus=f"accuracy(source, {shift}, sorted)", at_least=-0.01
                 ),
                 Expectation(
-                    f"accuracy(unmix, {shift}, one by one)",
-                    minus=f"accuracy(source, {shift}, one by one)",
-                    at_least=-0.01,
+                    f"accuracy(unmix, {shift}, one by one)", minus=f"accuracy(source, {shift}, sorted)", at_least=-0.01
                 ),
                 Expectation(
                     f"accuracy(unmix + tent, {shift}, sorted)",
@@ -84,12 +82,16 @@ CLAIM = Claim(
             )
         ),
     ),
-    seeds=tuple(range(100, 110)),
-    budget=120,
+    seeds=tuple(range(100, 130)),
+    budget=200,
     reported={
         "setting": "error (%), severity 5, labels correlated in time (Dirichlet 0.1 and 0.01); numbers from memory",
         "CIFAR-10-C, WRN-28": {"source": 43.5, "norm": 75, "alpha": 40, "rotta": "25 to 30", "unmix": 27},
         "CIFAR-100-C, ResNeXt-29": {"source": 46.4, "norm": "> 80", "unmix": 39},
         "ImageNet-C, ResNet-50": {"source": 82, "unmix": 80},
     },
+    notes=(
+        "With the seeds 100 to 109 alone all means lay within the bounds, and five of the ten expectations were "
+        "undecided; hence thirty.",
+    ),
 )

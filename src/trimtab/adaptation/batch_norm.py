@@ -57,6 +57,7 @@ class BatchNormAdapt(Adapter):
         Schneider et al., NeurIPS 2020, https://arxiv.org/abs/2006.16971
     """
 
+    forwards = 2
     dense = True
 
     def __init__(

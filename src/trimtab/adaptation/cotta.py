@@ -74,7 +74,7 @@ class CoTTA(Adapter):
         Wang et al., CVPR 2022, https://arxiv.org/abs/2203.13591
     """
 
-    forwards = 35
+    forwards = 34
     backwards = 1
     anchor_confidence: Tensor
     generator: torch.Generator

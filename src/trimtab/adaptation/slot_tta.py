@@ -9,6 +9,10 @@ with Slot-Centric Models", ICML 2023 (arXiv:2203.11194). The authors' code (mihi
 on from the training's optimizer, moments and step count included (`optimizer_state` follows it; the default begins
 anew). Several views of a scene and point clouds have no public code: bring an encoder, a decoder and a fusion of your
 own to `SlotModel`, and a `reconstruction_loss`; scenes may be mappings of tensors.
+
+What we found, on small pictures of coloured squares with a strange background and strange colours: the adjusted Rand
+index rises from 0.29 to 0.71 while the reconstruction error falls to an eighth. How much of that the slots bring is
+undecided: a network that draws all masks together gains a fifth, two thirds and all of it on three seeds.
 """
 
 from __future__ import annotations
@@ -48,8 +52,8 @@ class SlotTTA(Adapter):
     Args:
         model: a slot model.
         reconstruction_loss: ``reconstruction_loss(prediction, x)`` for one scene; mean squared error.
-        optimizer: builds the optimizer from the parameters that move. Default Adam 5e-4, the authors'; too large a rate
-            destroys the slots.
+        optimizer: builds the optimizer from the parameters that move. Default Adam 5e-4, the authors'; four times that
+            destroys the slots in the claim's world (index 0.30 instead of 0.85 on seed 100).
         optimizer_state: ``state_dict()`` of the training's optimizer over the same parameters, to begin each scene
             with; None begins anew.
         parameters_of: chooses the parameters that move, by name; all.

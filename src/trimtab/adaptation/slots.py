@@ -134,7 +134,7 @@ class SlotEncoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c height width"]) -> Float[Tensor, "n tokens dim"]:
         """One token a pixel."""
-        places = _places(x)
+        places = _places(x).to(x.dtype)
         for convolution in self.convolutions:
             x = convolution(x).relu()
         return x.flatten(2).mT + self.place(torch.cat((places, 1 - places), 1))
@@ -213,8 +213,9 @@ class SlotDecoder(nn.Module):
     def forward(self, slots: Float[Tensor, "n slots dim"], x: Float[Tensor, "n c height width"]) -> Drawn:
         """What each slot draws in a picture of the size of x, and its claims."""
         height, width = x.shape[-2:]
-        scale = x.new_tensor([(height - 1) / height, (width - 1) / width])
-        drawn = self.at(slots, (_places(x) * scale - 0.5)[None]).mT.unflatten(3, (height, width))
+        size = x.new_tensor([height, width])
+        pixels = (_places(x) * (size - 1).float()).to(x.dtype)
+        drawn = self.at(slots, (pixels / size - 0.5)[None]).mT.unflatten(3, (height, width))
         return drawn[:, :, :-1], drawn[:, :, -1]
 
     def at(
@@ -243,7 +244,7 @@ def union(values: Float[Tensor, "n slots c *where"], claims: Float[Tensor, "n sl
 
 
 def _places(x: Float[Tensor, "n c height width"]) -> Float[Tensor, "places 2"]:
-    """Row and column of every pixel in 0..1, row by row."""
-    # rounded to single precision as in the authors' code: a network in double precision draws the same picture
+    """Row and column of every pixel in 0..1, row by row, in single precision."""
+    # in single precision as in the authors' code: a network in double precision draws the same picture
     axes = (torch.linspace(0, 1, size, dtype=torch.float64, device=x.device).float() for size in x.shape[-2:])
-    return torch.cartesian_prod(*axes).to(x.dtype)
+    return torch.cartesian_prod(*axes)

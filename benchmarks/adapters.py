@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.cifar10 import data_folder, resnet
-from trimtab.adaptation import ADAPTERS, ITTA, Adapter, Guard, Prepared, Tent, steps
+from trimtab.adaptation import ADAPTERS, ITTA, Adapter, Guard, Prepared, PriorShiftCorrection, Tent, steps
 from trimtab.core.checks import InputError
 from trimtab.core.persist import write_json
 from trimtab.core.predictions import Predictions
@@ -151,9 +151,15 @@ def guarded(model: nn.Module) -> Adapter:
     return Tent(model, guard=Guard(every=1, memory=200))
 
 
+def corrected(model: nn.Module) -> Adapter:
+    """The source's classes are balanced: what the trained label shift adapter refuses to learn from."""
+    return PriorShiftCorrection(model, torch.ones(10))
+
+
 CONTENDERS: dict[str, Callable[..., Adapter]] = {
     **{kind.__name__: kind for kind in ADAPTERS},
     "Tent, guarded": guarded,
+    "PriorShiftCorrection": corrected,
     "ITTA": ITTA,
 }
 BLOCKS = {"small": ("2", "5", "8")}

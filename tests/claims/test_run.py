@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -86,11 +87,15 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, method):
     assert seeds_run(tmp_path) == [100, 101, 102]
     assert not (tmp_path / "out" / "91-killed.json").exists()
     (tmp_path / "again").touch()
-    (tmp_path / "out" / ".cells" / "of-other-code").mkdir()
+    for name, days in (("of-other-code", 2), ("of-another-run", 0)):
+        folder = tmp_path / "out" / ".cells" / name
+        folder.mkdir()
+        os.utime(folder, 2 * [time.time() - days * 86_400])
     (result,) = runner.run([entry], tmp_path / "out")
     assert seeds_run(tmp_path) == [100, 101, 102, 102]
     assert result["verdict"] == "holds"
-    assert os.listdir(tmp_path / "out") == ["91-killed.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".cells", "91-killed.json"]
+    assert os.listdir(tmp_path / "out" / ".cells") == ["of-another-run"], "it may still be running"
 
 
 def test_what_breaks_off_is_told_and_the_rest_is_written(tmp_path, method):

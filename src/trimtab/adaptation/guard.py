@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from trimtab.adaptation.batch_stats import held
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import logits_of
@@ -104,7 +105,7 @@ class Guard(nn.Module):
         if int(self.batches) % self.every:
             return
         assert self.source is not None
-        with torch.no_grad():
+        with torch.no_grad(), held(self.source):
             theirs = logits_of(self.source, x).argmax(1).flatten()
         classes = outputs.shape[1]
         self.looks += 1

@@ -1,6 +1,6 @@
 """Measure claims: every (claim, seed) is a cell of its own, kept on disk until the whole run is written.
 
-A run that was killed goes on where it stopped, as long as the code is the same; cells of other code are dropped.
+A run that was killed goes on where it stopped, as long as the code is the same; cells of other code are dropped after a day.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from trimtab.claims.base import Claim, worst
 from trimtab.core import checks, persist, progress
 
 FAST = 60.0  # seconds: claims whose budget is at most this are measured on every change
+_DAY = 86_400.0
 
 
 class ClaimError(RuntimeError):
@@ -127,15 +128,15 @@ def _seeds(claim: Claim, count: int | None) -> tuple[int, ...]:
 
 
 def _cells(folder: Path) -> Path:
-    """Where the cells of this very code lie; those of any other code are removed."""
+    """Where the cells of this very code lie; those of any other code are removed once they have lain for a day."""
     sources = sorted(catalog.PACKAGE.rglob("*.py"))
     digest = hashlib.sha256(f"{platform.python_version()} {torch.__version__}".encode())
     for source in sources:
         digest.update(source.read_bytes())
     current = folder / ".cells" / digest.hexdigest()[:16]
     for other in (folder / ".cells").glob("*"):
-        if other != current:
-            shutil.rmtree(other)
+        if other != current and time.time() - other.stat().st_mtime > _DAY:
+            shutil.rmtree(other, ignore_errors=True)
     return current
 
 

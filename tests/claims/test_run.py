@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, method):
     for name, days in (("of-other-code", 2), ("of-another-run", 0)):
         folder = tmp_path / "out" / ".cells" / name
         folder.mkdir()
-        os.utime(folder, 2 * [time.time() - days * 86_400])
+        os.utime(folder, 2 * (time.time() - days * 86_400,))
     (result,) = runner.run([entry], tmp_path / "out")
     assert seeds_run(tmp_path) == [100, 101, 102, 102]
     assert result["verdict"] == "holds"

@@ -1,6 +1,7 @@
 """Measure claims: every (claim, seed) is a cell of its own, kept on disk until the whole run is written.
 
-A run that was killed goes on where it stopped, as long as the code is the same; cells of other code are dropped after a day.
+A run that was killed goes on where it stopped, as long as the code is the same; cells of other code are dropped after
+a day.
 """
 
 from __future__ import annotations

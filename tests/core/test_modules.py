@@ -114,3 +114,42 @@ def test_the_device_of_a_model():
     assert modules.device_of(nn.Linear(2, 2, device="meta")) == torch.device("meta")
     assert modules.device_of(nn.BatchNorm1d(2, affine=False)) == torch.device("cpu")
     assert modules.device_of(nn.ReLU()) == torch.device("cpu")
+
+
+class StandIn(modules.BatchNormStandIn):
+    """Normalises by the source's statistics."""
+
+    def _normalised(self, x):
+        return self._normalise(x, self.source_mean, self.source_var)
+
+
+class LikeTimm(nn.BatchNorm2d):
+    """Drops and activates after it has normalised."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.act, self.drop = nn.ReLU(inplace=True), nn.Dropout2d(0.5)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+def test_a_stand_in_does_what_follows_the_normalisation():
+    x = torch.randn(4, 3, 2, 2)
+    for layer in (LikeTimm(3), nn.BatchNorm2d(3), nn.SyncBatchNorm(3)):
+        nn.init.normal_(layer.weight), nn.init.normal_(layer.running_mean)
+        stand_in = StandIn(layer).eval()
+        torch.testing.assert_close(stand_in(x), layer.eval()(x))
+        assert {n for n, _ in stand_in.named_parameters()} == {n for n, _ in layer.named_parameters()}
+
+
+@pytest.mark.bad_input
+def test_a_layer_with_a_forward_pass_of_its_own_has_no_stand_in():
+    class Ghost(nn.BatchNorm2d):
+        def forward(self, x):
+            return torch.cat([super(Ghost, self).forward(part) for part in x.split(2)])
+
+    with pytest.raises(InputError, match="of torch or timm, Ghost has a forward pass of its own"):
+        StandIn(Ghost(3))
+    with pytest.raises(InputError, match="keep running statistics"):
+        StandIn(nn.BatchNorm2d(3, track_running_stats=False))

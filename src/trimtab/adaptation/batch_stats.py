@@ -116,8 +116,7 @@ class MixedBatchNorm(BatchNormStandIn):
         self.follow = follow
         self.detach = detach
 
-    def forward(self, x: Float[Tensor, "n c *rest"]) -> Float[Tensor, "n c *rest"]:
-        """Normalise."""
+    def _normalised(self, x: Float[Tensor, "n c *rest"]) -> Float[Tensor, "n c *rest"]:
         if self.follow and not self.training:
             return F.batch_norm(x, self.source_mean, self.source_var, self.weight, self.bias, eps=self.eps)
         if self.unbiased and x.numel() == x.shape[1]:

@@ -217,7 +217,7 @@ class UnmixedBatchNorm(BatchNormStandIn):
         self.register_buffer("means", means.to(dtype))
         self.register_buffer("variances", ((1 - share) * var).to(dtype).repeat(k, 1))
 
-    def forward(self, x: Float[Tensor, "n c *rest"]) -> Float[Tensor, "n c *rest"]:
+    def _normalised(self, x: Float[Tensor, "n c *rest"]) -> Float[Tensor, "n c *rest"]:
         """Normalise, then let the components follow."""
         if x.ndim == 2:
             return F.batch_norm(x, self.source_mean, self.source_var, self.weight, self.bias, eps=self.eps)

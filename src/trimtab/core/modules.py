@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from trimtab.core.checks import InputError
 
@@ -16,13 +17,14 @@ class BatchNormStandIn(nn.Module):
     """A layer in the place of a batch normalisation layer, whose weight and bias (the same parameters) it holds.
 
     `NORMS` counts it among the normalisation layers, so adapters let it move as they do the layer that it stands for.
-    What a subclass remembers of a batch, it stores by assigning a new tensor to a buffer, never in place.
+    What a subclass remembers of a batch, it stores by assigning a new tensor to a buffer, never in place. The dropout
+    and the activation that timm's layers hold follow the normalisation here too.
 
     Args:
         layer: the layer whose statistics, weight, bias and eps are taken over.
 
     Raises:
-        InputError: the layer keeps no running statistics.
+        InputError: the layer keeps no running statistics, or does more than torch's and timm's layers do.
     """
 
     source_mean: Tensor
@@ -32,11 +34,28 @@ class BatchNormStandIn(nn.Module):
         super().__init__()
         if layer.running_mean is None or layer.running_var is None:
             raise InputError(f"model must keep running statistics in its batch normalisation layers, {layer} does not")
+        parts = dict(layer.named_children())
+        if set(parts) != {"drop", "act"} and type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+            raise InputError(
+                f"model must have batch normalisation layers of torch or timm, {type(layer).__name__} has a forward "
+                "pass of its own, which would be lost"
+            )
+        self.drop = parts.get("drop", nn.Identity())
+        self.act = parts.get("act", nn.Identity())
         self.register_buffer("source_mean", layer.running_mean)
         self.register_buffer("source_var", layer.running_var)
         self.weight = layer.weight
         self.bias = layer.bias
         self.eps = layer.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer would give, were its statistics those of the subclass."""
+        out: Tensor = self.act(self.drop(self._normalised(x)))
+        return out
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """`x` by the statistics of the subclass, which calls `_normalise` with them."""
+        raise NotImplementedError
 
     def _normalise(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """weight (x - mean) / sqrt(var + eps) + bias, with a mean and a variance a channel, (c,) or (n, c)."""

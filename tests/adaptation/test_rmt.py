@@ -14,7 +14,8 @@ from toynet import built, golden_files, seeded_net, stream
 from trimtab.adaptation import Tent
 from trimtab.adaptation.objectives import symmetric_cross_entropy, view_contrast
 from trimtab.adaptation.prepared import Prepared
-from trimtab.adaptation.rmt import RMT, rounds
+from trimtab.adaptation.replay import rounds
+from trimtab.adaptation.rmt import RMT
 from trimtab.core.checks import InputError
 from trimtab.core.modules import norm_parameters
 
@@ -171,7 +172,7 @@ def test_one_update_by_hand(ensemble):
     rmt = build(optimizer=SGD, projector=7, teacher_momentum=0.9, ensemble=ensemble, warm_up=2, **weights)
     x = stream(seed=3, n=6)[0]
     student, teacher, projector = (deepcopy(network) for network in (rmt.model, rmt.teacher, rmt.projector))
-    assert int(rmt.replayed) == 2
+    assert int(rmt.replay.taken) == 2
     view = SETTINGS["augment"](x, torch.Generator().set_state(rmt.generator.get_state()))
 
     def said(images):
@@ -194,7 +195,7 @@ def test_one_update_by_hand(ensemble):
             torch.testing.assert_close(after.detach(), before.detach() - 0.05 * before.grad)
     for slow, before, fast in zip(rmt.teacher.parameters(), teacher.parameters(), rmt.model.parameters(), strict=True):
         torch.testing.assert_close(slow, 0.9 * before.detach() + 0.1 * fast.detach())
-    assert int(rmt.replayed) == 3
+    assert int(rmt.replay.taken) == 3
 
 
 def test_prototypes_are_class_means_under_batch_statistics():
@@ -234,6 +235,13 @@ def test_the_warm_up_raises_the_learning_rate_and_ignores_labels():
     )
     assert all(torch.equal(again[n], v) for n, v in prepared.items() if n != "prototypes")
     assert not torch.equal(prepared["student.bn1.bias"], prepared["teacher.bn1.bias"])
+
+
+def test_gradients_that_the_model_brought_along_are_not_learnt_from():
+    net, used = seeded_net(), seeded_net()
+    used(source()[0][0]).sum().backward()
+    prepared = RMT.prepare(net, source(), warm_up=2)
+    assert same(dict(RMT.prepare(used, source(), warm_up=2)), dict(prepared))
 
 
 @pytest.mark.parametrize("warm_up", [0, 4])
@@ -313,7 +321,7 @@ def test_what_is_not_finite_is_skipped_and_moves_nothing():
     assert (int(rmt.updates), int(rmt.skipped)) == (1, 1)
     after = everything(rmt)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"samples", "skipped", "replayed"}
+    assert moved == {"samples", "skipped", "replay.taken"}
 
 
 def test_a_window_serves_inputs_one_by_one():

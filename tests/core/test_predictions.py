@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trimtab import Predictions
 from trimtab.core.checks import InputError
+from trimtab.core.predictions import take_apart
 
 
 def predictions(n=30, c=3, seed=0):
@@ -213,6 +214,13 @@ def test_batches_may_be_mappings_and_outputs_objects():
     found = Predictions.collect(Wrapped(), [{"pixels": X, "scale": 2.0, "labels": Y}])
     assert torch.equal(found.labels, Y)
     assert torch.allclose(found.logits, 2 * Predictions.collect(net(), [X]).logits)
+
+
+def test_inputs_and_labels_go_to_the_model_s_device():
+    elsewhere = torch.device("meta")
+    assert [part.device for part in take_apart((X, Y), elsewhere)] == [elsewhere, elsewhere]
+    inputs, labels = take_apart({"pixels": X, "labels": Y}, elsewhere)
+    assert inputs["pixels"].device == labels.device == elsewhere
 
 
 @pytest.mark.bad_input

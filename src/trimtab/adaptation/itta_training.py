@@ -121,7 +121,7 @@ class ITTATrainer:
         if isinstance(blocks, str) or len(blocks) < 2:
             raise InputError(f"blocks must name at least two submodules, got {blocks!r}")
         self._given = model
-        self.network = deepcopy(model).eval()
+        self.network = deepcopy(modules.bare(model)).eval()
         self.blocks = {name: modules.submodule(self.network, name) for name in blocks}
         self.head = modules.head(self.network, head)
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -187,7 +187,7 @@ class ITTATrainer:
             if labels is None or not isinstance(x, Tensor):
                 raise InputError(f"minibatches[{i}] must be (inputs, labels), two tensors")
             xs.append(checks.finite(x, f"minibatches[{i}]"))
-            ys.append(checks.labels(labels, len(x), self.head.out_features, f"labels of minibatches[{i}]").to(device))
+            ys.append(checks.labels(labels, len(x), self.head.out_features, f"labels of minibatches[{i}]"))
         if not xs:
             raise InputError("minibatches must hold at least one batch, got none")
         return torch.cat(xs), torch.cat(ys)

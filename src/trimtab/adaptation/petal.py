@@ -50,7 +50,7 @@ from trimtab.adaptation.teacher import (
     self_training_loss,
     weights_and_biases,
 )
-from trimtab.core import checks
+from trimtab.core import checks, modules
 from trimtab.core.checks import InputError
 
 Variant = Literal["fim", "sres"]
@@ -192,9 +192,8 @@ class PETAL(Adapter):
             InputError: the loader yields no labels or can be gone through only once, the loss is not finite, or
                 `checkpoint` belongs to other settings or another model.
         """
-        module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         network, variance = fit_posterior(
-            module,
+            modules.bare(model),
             loader,
             epochs=checks.integer(epochs, "epochs", low=3),
             lr=checks.number(lr, "lr", low=0.0, low_open=True),
@@ -207,7 +206,7 @@ class PETAL(Adapter):
         tensors: dict[str, Tensor] = {f"mean.{name}": parameter for name, parameter in network.named_parameters()}
         tensors |= {f"variance.{name}": variance[name].to(p.dtype) for name, p in network.named_parameters()}
         tensors |= {f"buffer.{name}": buffer for name, buffer in network.named_buffers()}
-        return Prepared(cls.__name__, tensors, module)
+        return Prepared(cls.__name__, tensors, model)
 
     def reset(self) -> None:
         """Return model and teacher to the source."""

@@ -23,14 +23,12 @@ has a log loss of 1.06, their sum one of 1.35.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from itertools import islice
 from typing import Any, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
@@ -40,10 +38,12 @@ from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFact
 from trimtab.adaptation.batch_stats import use_batch_statistics
 from trimtab.adaptation.objectives import symmetric_cross_entropy, view_contrast
 from trimtab.adaptation.prepared import Prepared
+from trimtab.adaptation.replay import Replay
 from trimtab.adaptation.teacher import weights_and_biases
-from trimtab.core import checks, modules, progress
+from trimtab.adaptation.warm_up import class_means, warmed_up
+from trimtab.core import checks, modules
 from trimtab.core.checks import InputError
-from trimtab.core.predictions import logits_of, take_apart
+from trimtab.core.predictions import take_apart
 
 Ensemble = Literal["mean", "sum"]
 
@@ -83,7 +83,7 @@ class RMT(Adapter):
         **options: what every `Adapter` takes.
 
     Attributes:
-        replayed: source batches taken in the current round (buffer).
+        replay: the `Replay` of the source, or None.
 
     Raises:
         InputError: a setting is out of range, `prepared` is not for this model and these settings, or, at a call, the
@@ -94,7 +94,7 @@ class RMT(Adapter):
         >>> generator = torch.Generator().manual_seed(0)
         >>> source = [(torch.rand(6, 3, 8, 8, generator=generator), torch.arange(6) % 2) for _ in range(3)]
         >>> rmt = RMT(model, RMT.prepare(model, source, warm_up=2), source=source)
-        >>> rmt(torch.rand(5, 3, 8, 8, generator=generator)).shape, int(rmt.replayed)
+        >>> rmt(torch.rand(5, 3, 8, 8, generator=generator)).shape, int(rmt.replay.taken)
         (torch.Size([5, 2]), 3)
 
     Reference:
@@ -106,7 +106,6 @@ class RMT(Adapter):
     preparation = "required"
     generator: torch.Generator
     prototypes: Tensor
-    replayed: Tensor
 
     def __init__(
         self,
@@ -141,9 +140,7 @@ class RMT(Adapter):
         self.ensemble: Ensemble = checks.one_of(ensemble, "ensemble", Ensemble)
         self.augment = augment
         self.generator = generator or torch.Generator().manual_seed(0)
-        self.replay = source
-        self._batches: Iterator[tuple[int, Any]] = iter(())
-        self._taken = -1
+        self.replay = None if source is None else Replay(source)
         use_batch_statistics(self.model, train_mode=train_mode)
         self.head = head
         weight = modules.head(self.model, head).weight
@@ -163,11 +160,8 @@ class RMT(Adapter):
         self.moving |= {f"projector/{name}": parameter for name, parameter in self.projector.named_parameters()}
         self.teacher = deepcopy(self.model).requires_grad_(False)
         first = {f"projector.{name}": value for name, value in self.projector.state_dict().items()}
-        kept = {
-            name: value for name, value in prepared.items() if name.startswith(("teacher.", "optimizer.", "replayed"))
-        }
-        self.start = state.Tensors({"replayed": torch.tensor(0), **kept, **first})
-        self.register_buffer("replayed", torch.tensor(0))
+        later = {name: value for name, value in prepared.items() if not name.startswith(("prototypes", "student."))}
+        self.start = state.Tensors({"replayed": torch.tensor(0), **later, **first})
         self._rewind()
 
     @classmethod
@@ -221,37 +215,18 @@ class RMT(Adapter):
         checks.integer(warm_up, "warm_up", low=0)
         checks.number(alpha, "alpha", low=0.0, high=1.0)
         checks.number(teacher_momentum, "teacher_momentum", low=0.0, high=1.0)
-        student = use_batch_statistics(deepcopy(model), train_mode=train_mode).requires_grad_(False)
+        student = use_batch_statistics(deepcopy(modules.bare(model)), train_mode=train_mode)
         tensors = {"prototypes": class_means(student, modules.head(student, head), loader, n)}
-        if warm_up == 0:
-            return Prepared("RMT", tensors, model)
-        teacher = deepcopy(student)
-        moving = parameters_of(student)
-        for parameter in moving.values():
-            parameter.requires_grad_(True)
-        built = optimizer(list(moving.values()))
-        rates = [group["lr"] for group in built.param_groups]
-        device = modules.device_of(student)
-        batches = rounds(loader, "loader")
-        for step in progress.track(range(1, warm_up + 1), "warm-up"):
-            taken, batch = next(batches)
-            x, _ = take_apart(batch, device)
-            for group, rate in zip(built.param_groups, rates):
-                group["lr"] = rate * step / warm_up
-            with torch.enable_grad():
-                loss = symmetric_cross_entropy(logits_of(student, x), logits_of(teacher, x), alpha).mean()
-            if not bool(loss.isfinite()):
-                raise InputError(f"optimizer must keep the loss of the warm-up finite, it is {loss:g} at step {step}")
-            torch.autograd.backward(loss)
-            built.step()
-            built.zero_grad()
-            follow(teacher, student, teacher_momentum)
-        slow = dict(teacher.named_parameters())
-        tensors |= {f"student.{name}": parameter for name, parameter in moving.items()}
-        tensors |= {f"teacher.{name}": slow[name] for name in moving}
-        packed = state.pack(built, moving)
-        tensors |= {f"optimizer.{name}": value for name, value in packed.items() if name != "lr"}
-        tensors["replayed"] = torch.tensor(taken)
+        if warm_up:
+            tensors |= warmed_up(
+                student,
+                loader,
+                warm_up,
+                alpha=alpha,
+                teacher_momentum=teacher_momentum,
+                optimizer=optimizer,
+                parameters_of=parameters_of,
+            )
         return Prepared("RMT", tensors, model)
 
     def reset(self) -> None:
@@ -268,7 +243,8 @@ class RMT(Adapter):
         assert self.optimizer is not None
         if strangers := state.unpack(self.optimizer, self.moving, moments):
             raise InputError(f"prepared must move the parameters that parameters_of chooses, it moved {strangers[0]!r}")
-        self.replayed = start["replayed"].clone()
+        if self.replay is not None:
+            self.replay.taken.copy_(start["replayed"])
 
     def _predict(self, x: Inputs) -> Tensor:
         return self._answer(self._call(self.model, x), self._call(self.teacher, x))
@@ -287,7 +263,7 @@ class RMT(Adapter):
         loss = self.training_weight * torch.stack(distances).mean()
         loss = loss + self.contrast_weight * view_contrast(self.projector(views), self.temperature)
         if self.replay is not None:
-            source, labels = self._next_replay()
+            source, labels = take_apart(self.replay.next(), modules.device_of(self.model))
             said = self._call(self.model, source)
             labels = checks.labels(labels, len(said), said.shape[1], "labels of source")
             loss = loss + self.source_weight * F.cross_entropy(said, labels)
@@ -298,14 +274,6 @@ class RMT(Adapter):
     def _answer(self, logits: Tensor, target: Tensor) -> Tensor:
         total = logits + target
         return total if self.ensemble == "sum" else total / 2
-
-    def _next_replay(self) -> tuple[Any, Tensor | None]:
-        assert self.replay is not None
-        if int(self.replayed) != self._taken:  # at the start, after a reset, and where a state was loaded
-            self._batches = rounds(self.replay, "source", int(self.replayed))
-        self._taken, batch = next(self._batches)
-        self.replayed.fill_(self._taken)
-        return take_apart(batch, modules.device_of(self.model))
 
 
 def projection(features: int, width: int, generator: torch.Generator) -> nn.Sequential:
@@ -318,46 +286,7 @@ def projection(features: int, width: int, generator: torch.Generator) -> nn.Sequ
     return nn.Sequential(layers[0], nn.ReLU(), layers[1])
 
 
-def class_means(network: nn.Module, head: nn.Module, loader: Iterable[Any], n: int) -> Float[Tensor, "c d"]:
-    """Mean of what `head` is given, class by class, over the first n inputs, in whole batches."""
-    device = modules.device_of(network)
-    sums = counts = torch.empty(0, device=device)
-    seen = 0
-    for batch in progress.track(loader, "prototypes"):
-        x, labels = take_apart(batch, device)
-        with torch.no_grad(), modules.watch_input(head) as inputs:
-            logits = logits_of(network, x)
-        if labels is None:
-            raise InputError("loader must yield (inputs, labels), a batch came without labels")
-        labels = checks.labels(labels, len(logits), logits.shape[1])
-        features = checks.matrix(inputs[-1], "features").double()
-        if not seen:
-            sums = features.new_zeros(logits.shape[1], features.shape[1])
-            counts = features.new_zeros(logits.shape[1])
-        sums.index_add_(0, labels, features)
-        counts += labels.bincount(minlength=len(counts))
-        seen += len(labels)
-        if seen >= n:
-            break
-    if not seen:
-        raise InputError("loader must yield at least one batch, it yielded none")
-    if missing := (counts == 0).nonzero()[:, 0].tolist():
-        raise InputError(f"loader must show every class, it shows none of {missing[:5]} in {seen} inputs")
-    return (sums / counts[:, None]).to(inputs[-1].dtype)
-
-
-def rounds(batches: Iterable[Any], name: str, start: int = 0) -> Iterator[tuple[int, Any]]:
-    """The batches round and round, after the first `start`; each with how many of its round are taken by then."""
-    while True:
-        taken = start
-        for taken, batch in enumerate(islice(batches, start, None), start + 1):
-            yield taken, batch
-        if not taken:
-            raise InputError(f"{name} must yield batches every time that it is iterated over, it yielded none")
-        start = 0
-
-
-def _copy_into(network: nn.Module, tensors: Any, prefix: str) -> None:
+def _copy_into(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
     """Copy the tensors whose name starts with `prefix` into `network`."""
     live = network.state_dict()
     with torch.no_grad():

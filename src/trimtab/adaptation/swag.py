@@ -137,7 +137,7 @@ def _train(network: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterab
             raise InputError("loader must yield labels with every batch, to fine-tune the model")
         with torch.enable_grad():
             logits = logits_of(network, x)
-            loss = F.cross_entropy(logits, checks.labels(labels.to(device), len(logits), logits.shape[1]))
+            loss = F.cross_entropy(logits, checks.labels(labels, len(logits), logits.shape[1]))
             optimizer.zero_grad()
             torch.autograd.backward(loss)
         if not bool(loss.isfinite()):

@@ -175,3 +175,8 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """What a `DistributedDataParallel` wraps; any other model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -236,7 +236,7 @@ def take_apart(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
     parts = batch if isinstance(batch, (tuple, list)) else (batch,)
     if len(parts) not in (1, 2) or not all(isinstance(part, Tensor) for part in parts):
         raise InputError("loader must yield inputs, (inputs, labels) or a mapping of tensors")
-    return parts[0].to(device), parts[1] if len(parts) == 2 else None
+    return parts[0].to(device), parts[1].to(device) if len(parts) == 2 else None
 
 
 def logits_of(model: Callable[..., Any], inputs: Any) -> Tensor:

@@ -168,8 +168,9 @@ def test_a_window_serves_inputs_one_by_one(settings):
     assert len(adapter.classifier.memory) <= 36 + 8
 
 
-def test_what_is_not_finite_never_joins():
-    adapter = build(beta=0.0)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_what_is_not_finite_never_joins(batch_norm):
+    adapter = build(beta=0.0, batch_norm=batch_norm)
     adapter(3e38 * (0.5 + stream()[0] / 2))
     assert int(adapter.skipped) == 1
     adapter(stream()[1])
@@ -215,6 +216,8 @@ def test_bad_input_is_refused():
         AdaNPC(net, prepared, max_size=10)
     with pytest.raises(InputError, match="more than one input for batch statistics"):
         AdaNPC(net, prepared, batch_norm=True)(stream(n=1)[0])
+    with pytest.raises(InputError, match="the 10 features that the head takes, it holds 9"):
+        AdaNPC(net, Prepared("AdaNPC", {**prepared, "features": torch.ones(36, 9)}, net))
     with pytest.raises(InputError, match="k must be at least 1"):
         AdaNPC(net, prepared, k=0)
 

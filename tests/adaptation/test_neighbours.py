@@ -72,6 +72,13 @@ def test_gradients_flow_through_the_vote(eps_ball):
     assert torch.autograd.gradcheck(voted, features.requires_grad_())
 
 
+def test_neighbours_are_told_apart_in_mixed_precision_too():
+    features, memory, labels = drawn(0, 6, 40, 3, 4, torch.float32)
+    expected = vote(features, memory, labels, 4, k=3, temperature=0.01)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(vote(features, memory, labels, 4, k=3, temperature=0.01), expected)
+
+
 def test_equal_rows_split_the_vote():
     classifier = NonParametricClassifier(2, k=2).fit(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))
     torch.testing.assert_close(classifier.predict_proba(torch.tensor([[0.3, 0.0]])), torch.tensor([[0.5, 0.5]]))

@@ -112,6 +112,12 @@ class AdaNPC(Adapter):
             max_size=max_size,
         ).to(modules.device_of(self.model))
         self.classifier.fit(prepared["features"], prepared["labels"])
+        width = modules.head(self.model, head).in_features
+        if self.classifier.memory.shape[1] != width:
+            raise InputError(
+                f"prepared must hold the {width} features that the head takes, "
+                f"it holds {self.classifier.memory.shape[1]}"
+            )
         self._begin()
         self.norm: nn.Module = nn.Identity()
         if batch_norm:
@@ -142,6 +148,7 @@ class AdaNPC(Adapter):
             >>> AdaNPC.prepare(model, [(torch.zeros(20, 3), torch.zeros(20, dtype=torch.int64))])
             Prepared('AdaNPC', {features: (20, 8), labels: (20,), classes: ()})
         """
+        model = modules.bare(model)
         modules.head(model, head)
         seen = Predictions.collect(model, loader, features=head or True, description="memory")
         if seen.labels is None:
@@ -163,11 +170,11 @@ class AdaNPC(Adapter):
     def _adapt(self, x: Inputs) -> Tensor:
         features = self._features(x)
         votes = self.classifier(features)
-        if not bool(votes.isfinite().all()):
-            self.skipped += 1
         self.classifier.learn(features.detach(), votes.detach())
         if self.optimizer is not None:
             self._descend(entropy(votes).mean())
+        elif not bool(votes.isfinite().all()):
+            self.skipped += 1
         return normalised(votes)
 
     def _features(self, x: Inputs) -> Tensor:

@@ -251,14 +251,15 @@ def vote(
     eps_ball: float | None = None,
 ) -> Float[Tensor, "n c"]:
     """Share of each class among the neighbours, which weigh exp(cosine / temperature), plus 1e-5, at most 1."""
-    points = F.normalize(features, dim=1)
-    nearest, rows = nearest_rows(points, memory, k)
-    if eps_ball is not None and bool(nearest[:, 0].min() > eps_ball):
-        shares = ball_shares(points, memory, labels, classes, nearest[:, :1].detach(), temperature, eps_ball)
-    else:
-        weights = (nearest / temperature).softmax(1)
-        shares = weights.new_zeros(len(points), classes).scatter_add(1, labels[rows], weights)
-    return (shares + _SMOOTHING).clamp(max=1)
+    with torch.autocast(features.device.type, enabled=False):  # three digits of a cosine do not tell neighbours apart
+        points = F.normalize(features, dim=1)
+        nearest, rows = nearest_rows(points, memory, k)
+        if eps_ball is not None and bool(nearest[:, 0].min() > eps_ball):
+            shares = ball_shares(points, memory, labels, classes, nearest[:, :1].detach(), temperature, eps_ball)
+        else:
+            weights = (nearest / temperature).softmax(1)
+            shares = weights.new_zeros(len(points), classes).scatter_add(1, labels[rows], weights)
+        return (shares + _SMOOTHING).clamp(max=1)
 
 
 def nearest_rows(

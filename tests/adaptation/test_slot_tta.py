@@ -147,6 +147,7 @@ def test_point_clouds_with_parts_of_one_s_own():
         "points": torch.rand(2, 20, 3, generator=generator),
         "places": torch.rand(2, 30, 3, generator=generator),
         "occupied": torch.rand(2, 30, generator=generator).round(),
+        "scale": 1.0,
     }
     net = built(lambda: SlotModel(Points(8), SlotAttention(3, 8), Occupancy(8), union))
     adapter = SlotTTA(
@@ -218,6 +219,10 @@ def test_pictures_out_of_range_are_warned_of():
         (lambda: SlotTTA(model().half()), "in float32"),
         (lambda: SlotTTA(model())(scenes() * np.nan), "x must be finite"),
         (lambda: SlotTTA(model())(scenes(), torch.zeros(3)), "labels must not be given"),
+        (
+            lambda: SlotTTA(model())({"points": scenes(2), "places": scenes(3)}),
+            "same number of scenes in every tensor, it holds {'points': 2, 'places': 3}",
+        ),
     ],
 )
 def test_bad_input_is_refused(build, message):

@@ -153,7 +153,7 @@ def train_slots(
         if truth is None:
             raise InputError("loader must yield (images, masks)")
         scene = model(checks.finite(images, "images"))
-        loss = F.mse_loss(scene.prediction, images) + mask_weight * mask_loss(scene.masks, truth.to(device))
+        loss = F.mse_loss(scene.prediction, images) + mask_weight * mask_loss(scene.masks, truth)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         if max_norm is not None:

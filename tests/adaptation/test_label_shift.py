@@ -26,7 +26,7 @@ from trimtab.adaptation import (
     Source,
     Tent,
 )
-from trimtab.adaptation.label_shift import imbalance_degree, inverse_mix, logit_adjusted_loss
+from trimtab.adaptation.label_shift_training import imbalance_degree, inverse_mix, logit_adjusted_loss
 from trimtab.core.checks import InputError
 from trimtab.core.modules import all_parameters
 
@@ -580,3 +580,36 @@ def test_a_bad_prior_is_refused(prior, settings, message):
 def test_bad_source_data_are_refused(loader, settings, message):
     with pytest.raises(InputError, match=message):
         LabelShiftAdapter.prepare(seeded_net(), loader, **settings)
+
+
+class Cosine(nn.Linear):
+    def forward(self, features):
+        return 10 * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+
+
+class Sharpened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = seeded_net()
+
+    def forward(self, x):
+        return 2 * self.net(x)
+
+
+@pytest.mark.bad_input
+def test_a_head_that_is_not_linear_is_refused():
+    counts = torch.arange(1, 6)
+    for head in (partial(Cosine, 3, 5), lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 5))):
+        with pytest.raises(InputError, match=r"must have a plain nn\.Linear as its head"):
+            PriorShiftCorrection(built(head), counts)
+    batches = [(draw(0, len(LABELS), 3).float(), LABELS)]
+    with pytest.raises(InputError, match="must return what its head makes of the features"):
+        LabelShiftAdapter.prepare(built(partial(Cosine, 3, 5)), batches, steps=1)
+    with pytest.raises(InputError, match="must return what its head makes of the features"):
+        LabelShiftAdapter.prepare(built(Sharpened), labelled(), steps=1)
+
+
+@pytest.mark.bad_input
+def test_a_host_that_is_built_already_is_refused(prepared):
+    with pytest.raises(InputError, match="host must build an adapter, as the class Tent does; this is built"):
+        LabelShiftAdapter(seeded_net(), prepared, host=Tent(seeded_net()))

@@ -24,25 +24,22 @@ trained for longer: it is there with the source's mix too, and cross entropy alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Unpack
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int, Real
+from jaxtyping import Real
 from torch import Tensor, nn
 
 from trimtab.adaptation.base import Adapter, Inputs, Options
 from trimtab.adaptation.batch_stats import use_batch_statistics
-from trimtab.adaptation.changed_linear import Change, ChangedLinear, changed
+from trimtab.adaptation.changed_linear import Change, ChangedLinear
+from trimtab.adaptation.label_shift_training import log_ratio, source_mix, train, trained_change
 from trimtab.adaptation.prepared import Prepared
 from trimtab.adaptation.state import Tensors
-from trimtab.core import checks, modules, progress
+from trimtab.core import checks, modules
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
-
-_BALANCED = 0.01  # squared coefficient of variation of the shares
-_TINY = 1e-12
 
 
 class BatchStatistics(Adapter):
@@ -81,8 +78,8 @@ class LabelShiftAdapter(Adapter):
         host: the adapter inside.
 
     Raises:
-        InputError: `prepared` belongs to another model or another layer, an argument is out of range, or `host` does
-            not give an adapter.
+        InputError: `prepared` belongs to another model or another layer, the head is no plain linear layer, an
+            argument is out of range, or `host` does not give an adapter.
 
     Example:
         >>> import torch
@@ -129,6 +126,8 @@ class LabelShiftAdapter(Adapter):
         self.network = Tensors({name: tensor.to(precise) for name, tensor in prepared.items()})
         self.model = modules.replace(self.model, nn.Linear, lambda m: ChangedLinear(layer) if m is layer else m)
         self._begin()
+        if isinstance(host, nn.Module):
+            raise InputError(f"host must build an adapter, as the class {type(host).__name__} does; this is built")
         inside = host(self.model, inplace=True)
         if not isinstance(inside, Adapter):
             raise InputError(f"host must give an Adapter, it gave {type(inside).__name__}")
@@ -175,7 +174,7 @@ class LabelShiftAdapter(Adapter):
 
         Raises:
             InputError: the loader is empty, has no labels or misses a class; the classes are balanced (their shares
-                vary by less than a tenth); a feature is not finite.
+                vary by less than a tenth); a feature is not finite; the model does more after the head.
 
         Example:
             >>> import torch
@@ -192,32 +191,8 @@ class LabelShiftAdapter(Adapter):
         source = Predictions.collect(model, loader, features=head or True, description="source features")
         if source.labels is None:
             raise InputError("loader must yield (inputs, labels), it yields no labels")
-        counts = torch.bincount(source.labels, minlength=source.c).double()
-        if bool((counts == 0).any()):
-            raise InputError(f"loader must hold every class, class {int(counts.argmin())} has no sample")
-        prior = counts / counts.sum()
-        uniform = torch.full_like(prior, 1 / source.c)
-        if 1 / float(imbalance_degree(uniform, prior)) - 1 < _BALANCED:
-            raise InputError(
-                "loader must hold some classes more often than others: the degree of imbalance of a balanced source "
-                "says nothing; use PriorShiftCorrection"
-            )
-        weight, bias = (None if p is None else p.detach().float() for p in (layer.weight, layer.bias))
-        assert weight is not None
-        x, y = source.needed("features").to(weight), source.labels.to(weight.device)
-        generator = torch.Generator().manual_seed(seed)
-        network = _fresh(hidden, layer, generator)
-        adam = torch.optim.Adam(network.values(), lr=lr)
-        mixes = (prior, uniform, inverse_mix(prior))
-        for _ in progress.track(range(steps), "label shift adapter"):
-            rows = torch.randint(len(x), (batch,), generator=generator)
-            mix = mixes[int(torch.randint(3, (), generator=generator))]
-            with torch.enable_grad():
-                logits = changed(x[rows], weight, bias, _trained_change(network, mix, prior))
-                loss = logit_adjusted_loss(logits, y[rows], prior, mix, tau)
-            adam.zero_grad()
-            torch.autograd.backward(loss)
-            adam.step()
+        prior = source_mix(source.labels, source.c)
+        network = train(layer, source, prior, hidden=hidden, tau=tau, steps=steps, batch=batch, lr=lr, seed=seed)
         return Prepared(cls.__name__, {"prior": prior, **network}, model)
 
     def _adapt(self, x: Inputs) -> Tensor:
@@ -246,7 +221,7 @@ class LabelShiftAdapter(Adapter):
 
     def _change(self) -> Change:
         network = self.network.named()
-        make = _plain_change if "tau" in network else _trained_change
+        make = _plain_change if "tau" in network else trained_change
         change = make(network, self.target, network["prior"])
         return Change(*(tensor.to(self._dtype) for tensor in change))
 
@@ -298,55 +273,6 @@ def PriorShiftCorrection(
     return LabelShiftAdapter(model, Prepared("LabelShiftAdapter", tensors, model), **settings)
 
 
-def imbalance_degree(mix: Float[Tensor, " c"], prior: Float[Tensor, " c"]) -> Float[Tensor, ""]:
-    """How far `mix` leans to the source's frequent classes: <mix, prior> / <prior, prior>, 1 for the prior itself."""
-    return (mix @ prior) / (prior @ prior)
-
-
-def inverse_mix(prior: Float[Tensor, " c"]) -> Float[Tensor, " c"]:
-    """The most frequent class's share goes to the rarest, the second's to the second rarest, and so on."""
-    order = prior.argsort(stable=True)
-    return torch.empty_like(prior).scatter_(0, order, prior[order.flip(0)])
-
-
-def logit_adjusted_loss(
-    logits: Float[Tensor, "n c"],
-    labels: Int[Tensor, " n"],
-    prior: Float[Tensor, " c"],
-    mix: Float[Tensor, " c"],
-    tau: float = 1.0,
-) -> Float[Tensor, ""]:
-    """Cross entropy on samples of the mix `prior` of logits that shall be right where the mix is `mix`."""
-    return F.cross_entropy(logits + tau * _log_ratio(prior, mix).to(logits), labels)
-
-
-def _trained_change(network: Mapping[str, Tensor], mix: Tensor, prior: Tensor) -> Change:
-    degree = imbalance_degree(mix, prior).to(network["hidden.bias"])
-    units = F.relu(network["hidden.weight"] * degree + network["hidden.bias"])
-    outputs = network["output.weight"] @ units + network["output.bias"]
-    c = len(prior)
-    d = (len(outputs) - c) // (c + 2)
-    weight, bias, scale, shift = outputs.split([c * d, c, d, d])
-    return Change(weight.view(c, d), bias, scale, shift)
-
-
-def _plain_change(network: Mapping[str, Tensor], mix: Tensor, prior: Tensor) -> Change:
+def _plain_change(network: dict[str, Tensor], mix: Tensor, prior: Tensor) -> Change:
     none = torch.zeros_like(network["tau"])
-    return Change(none, network["tau"] * _log_ratio(mix, prior), none, none)
-
-
-def _log_ratio(above: Tensor, below: Tensor) -> Tensor:
-    return above.clamp_min(_TINY).log() - below.clamp_min(_TINY).log()
-
-
-def _fresh(hidden: int, layer: nn.Linear, generator: torch.Generator) -> dict[str, Tensor]:
-    """A network whose change is none: its last layer is zero, its first as `nn.Linear` begins."""
-    c, d = layer.out_features, layer.in_features
-    outputs = c * d + c + 2 * d
-    network = {
-        "hidden.weight": 2 * torch.rand(hidden, generator=generator) - 1,
-        "hidden.bias": 2 * torch.rand(hidden, generator=generator) - 1,
-        "output.weight": torch.zeros(outputs, hidden),
-        "output.bias": torch.zeros(outputs),
-    }
-    return {name: tensor.to(layer.weight.device).requires_grad_() for name, tensor in network.items()}
+    return Change(none, network["tau"] * log_ratio(mix, prior), none, none)

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import griffe
@@ -13,6 +14,10 @@ from trimtab import catalog, cli
 from trimtab.claims.table import effect, read
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import adapters_table  # noqa: E402
+
 REPOSITORY_PAGES = {"add-a-method.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 ADMONITION = {"holds": "success", "undecided": "warning", "fails": "failure", "not measured": "note"}
 
@@ -40,7 +45,20 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Fill the places that pages leave open: ``<!-- name -->``."""
-    fillers = (journey, claims, commands, methods, choosing_log_loss, choosing_ece, choosing_seconds, peers, growth)
+    fillers = (
+        journey,
+        claims,
+        commands,
+        methods,
+        choosing_log_loss,
+        choosing_ece,
+        choosing_seconds,
+        peers,
+        growth,
+        adapters_corrupted,
+        adapters_streams,
+        adapters_deeper,
+    )
     for name, filler in {filler.__name__: filler for filler in fillers}.items():
         if f"<!-- {name} -->" in markdown:
             markdown = markdown.replace(f"<!-- {name} -->", filler())
@@ -166,6 +184,21 @@ def growth():
         cells = [f"{cell['seconds']:.2g}&nbsp;s, {cell['peak_mib']:.0f}&nbsp;MiB" for cell in row["cells"]]
         lines.append(f"| `{row['calibrator']}` | {' | '.join(cells)} | n<sup>{row['power']:.1f}</sup> |")
     return "\n".join(lines)
+
+
+def adapters_corrupted():
+    """Every adapter on fifteen corruptions."""
+    return adapters_table.overview(adapters_table.read(), "A")
+
+
+def adapters_streams():
+    """Every adapter on every kind of stream."""
+    return adapters_table.streams(adapters_table.read())
+
+
+def adapters_deeper():
+    """Every adapter with a deeper network."""
+    return adapters_table.overview(adapters_table.read(), "C")
 
 
 def claims():

@@ -51,9 +51,12 @@ class Builder:
         if self.augment and len(shape) != 3:
             settings["augment"] = lambda x, generator: x + 0.01
         if self.prepare is not None:
-            inner = getattr(model, "module", model)  # of a DistributedDataParallel
-            settings["prepared"] = self.method.prepare(inner, source(inner, shape), **self.prepare)
+            settings["prepared"] = self.prepared(model, shape)
         return self.method(model, **settings)
+
+    def prepared(self, model, shape=(3, 8, 8)):
+        model = getattr(model, "module", model)  # of a DistributedDataParallel
+        return self.method.prepare(model, source(model, shape), **self.prepare)
 
 
 def source(model, shape):

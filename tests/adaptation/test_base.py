@@ -268,13 +268,14 @@ def test_steps_and_reset_every():
     assert [torch.equal(fresh(x), y) for x, y in zip(xs[2:4], outputs[2:4])] == [True, True]
 
 
-def test_inplace_adapts_the_model_itself():
+@every
+def test_inplace_adapts_the_model_itself(build):
     net = seeded_net()
-    before = everything(net)
-    tent = Tent(net, inplace=True)
-    tent(stream()[0])
-    assert tent.model is net
-    assert not torch.equal(net.bn1.weight, before["bn1.weight"])
+    adapter, copied = build(net, inplace=True), build(seeded_net())
+    assert any(module is net for module in adapter.modules())
+    for x in stream():
+        assert torch.equal(adapter(x), copied(x))
+    assert same(everything(adapter), everything(copied))
 
 
 @every

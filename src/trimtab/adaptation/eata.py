@@ -100,6 +100,8 @@ class EATA(Adapter):
         train_mode: bool = False,
         **options: Unpack[Options],
     ):
+        if prepared is not None:
+            prepared.check("EATA", model)
         super().__init__(model, **options)
         self.fisher_weight = checks.number(fisher_weight, "fisher_weight", low=0.0)
         self.e_margin = None if e_margin is None else checks.number(e_margin, "e_margin", low=0.0, low_open=True)
@@ -108,7 +110,7 @@ class EATA(Adapter):
         )
         use_batch_statistics(self.model, train_mode=train_mode)
         self._begin(parameters_of, optimizer)
-        self.fishers = Tensors({} if prepared is None else self._fitting(prepared.check("EATA", model)))
+        self.fishers = Tensors({} if prepared is None else self._fitting(prepared))
         for name in ("reliable", "selected", "passed_over"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean_probs", torch.empty(0, device=modules.device_of(self.model)))

@@ -105,7 +105,7 @@ class LAME(Adapter):
 
 def affinity(features: Float[Tensor, "n d"], kernel: Kernel, knn: int) -> Float[Tensor, "n n"]:
     """How strongly each point (row) is drawn to each other point."""
-    points = F.normalize(features, dim=1)
+    points = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
     n = len(points)
     if kernel == "linear":
         return points @ points.T

@@ -148,7 +148,7 @@ class EATA(Adapter):
             Prepared('EATA', {1.weight: (8,), 1.bias: (8,)})
         """
         checks.integer(n, "n", low=1)
-        network = use_batch_statistics(deepcopy(model), train_mode=train_mode).requires_grad_(False)
+        network = use_batch_statistics(deepcopy(modules.bare(model)), train_mode=train_mode).requires_grad_(False)
         parameters = {name: parameter.requires_grad_(True) for name, parameter in parameters_of(network).items()}
         totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         device = modules.device_of(network)

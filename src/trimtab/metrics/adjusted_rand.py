@@ -54,8 +54,7 @@ def adjusted_rand_index(predicted: Segments, truth: Segments, *, background: int
     counted = (theirs >= 0) if background is None else (theirs >= 0) & (theirs != background)
     image = torch.arange(len(ours), device=ours.device)[:, None].expand_as(ours)[counted]
     a, b = (x[counted].unique(return_inverse=True)[1] for x in (ours, theirs))
-    both = torch.stack((image, a, b))
-    together, own, true = (_pairs(both[list(rows)], len(ours)) for rows in ((0, 1, 2), (0, 1), (0, 2)))
+    together, own, true = (_pairs(image, cell, len(ours)) for cell in (a * len(b) + b, a, b))
     pixels = counted.sum(1).double()
     expected = own * true / (pixels * (pixels - 1))
     trivial = (own == true) & ((own == 0) | (own == pixels * (pixels - 1)))
@@ -98,8 +97,9 @@ def _segments(value: Any, name: str) -> Int[Tensor, "n pixels"]:
     return x.long().flatten(1)
 
 
-def _pairs(cells: Int[Tensor, "k pixels"], images: int) -> Float[Tensor, " images"]:
-    """For each image (the first row of `cells`) the number of ordered pairs of pixels that lie in the same cell."""
-    found, count = cells.unique(dim=1, return_counts=True)
-    count = count.double()
-    return torch.zeros(images, dtype=torch.float64, device=cells.device).index_add_(0, found[0], count * (count - 1))
+def _pairs(image: Int[Tensor, " k"], cell: Int[Tensor, " k"], images: int) -> Float[Tensor, " images"]:
+    """For each image the number of ordered pairs of its pixels that lie in the same cell; cells count from 0."""
+    cells = int(cell.max()) + 1 if len(cell) else 1
+    found, count = (image * cells + cell).unique(return_counts=True)
+    pairs = (count * (count - 1)).double()
+    return pairs.new_zeros(images).index_add_(0, found // cells, pairs)

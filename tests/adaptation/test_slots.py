@@ -172,9 +172,13 @@ def test_training_lowers_the_loss():
     assert optimizer.param_groups[0]["lr"] == 5e-3
 
 
+def halves(n):
+    images = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return images, (images[:, :1] > 0.5).float()
+
+
 def test_the_warm_up_starts_at_nothing():
-    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    masks = (images[:, :1] > 0.5).float()
+    images, masks = halves(2)
     model = built(lambda: slot_autoencoder(2, 4, layers=1, blocks=1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train_slots(model, [(images, masks)], steps=1)
@@ -211,11 +215,30 @@ def test_bad_masks_are_refused(truth, message):
         (lambda: train_slots(slot_autoencoder(2, 4), [], steps=1), "loader must yield something"),
         (lambda: train_slots(slot_autoencoder(2, 4), [torch.zeros(1, 3, 8, 8)], steps=1), r"\(images, masks\)"),
         (lambda: train_slots(slot_autoencoder(2, 4), [], steps=0), "steps must be at least 1"),
+        (lambda: train_slots(slot_autoencoder(2, 4), [], steps=1, max_norm=0.0), "max_norm must lie in"),
+        (
+            lambda: train_slots(slot_autoencoder(2, 4), [{"x": torch.zeros(1), "labels": torch.zeros(1)}], steps=1),
+            r"\(images, masks\), two tensors",
+        ),
+        (
+            lambda: train_slots(slot_autoencoder(2, 4), [halves(2)], steps=9, lr=1e30, warmup=0),
+            "lr must be smaller: what the model draws at step 1 is not finite",
+        ),
     ],
 )
 def test_bad_settings_are_refused(call, message):
     with pytest.raises(InputError, match=message):
         built_without_trace(call)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("value", [1.5, -0.1, torch.nan])
+def test_masks_out_of_range_are_refused(value):
+    masks, truth = some_masks(0)[0], torch.zeros(2, 3, 12)
+    truth[:, 0, :5] = 1
+    masks[1, 2, 3] = value
+    with pytest.raises(InputError, match=rf"masks must lie in \[0, 1\], found {value:g} at axis 0 index 1"):
+        HungarianMaskLoss()(masks, truth)
 
 
 def built_without_trace(call):

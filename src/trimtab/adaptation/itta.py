@@ -161,7 +161,7 @@ class ITTA(Adapter):
             warnings.warn(
                 "x must hold two inputs or more for ITTA to learn: one has no other style; set window",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
         self._descend(self.loss_weight * self._inconsistency(x, self.draw(n, self.generator)) if n > 1 else None)
         with torch.no_grad():

@@ -66,6 +66,9 @@ class HungarianMaskLoss(nn.Module):
         odd = (truth != 0) & (truth != 1)
         if bool(odd.any()):
             raise InputError(f"truth must be zeros and ones, found {float(truth[odd][0]):g} at {checks.first_bad(odd)}")
+        wrong = ~((masks >= 0) & (masks <= 1))
+        if bool(wrong.any()):
+            raise InputError(f"masks must lie in [0, 1], found {float(masks[wrong][0]):g} at {checks.first_bad(wrong)}")
         ours, theirs = masks.flatten(2), truth.flatten(2)
         present = theirs.any(2) if present is None else present
         if not bool(present.any()):
@@ -75,7 +78,8 @@ class HungarianMaskLoss(nn.Module):
         ours = torch.take_along_dim(ours, match_masks(ours.detach(), theirs)[:, :, None], 1)
         ones, zeros = theirs, (1 - theirs) * counts
         weights = ones * (zeros.sum() / (ones.sum() + _TINY)) + zeros
-        errors = F.binary_cross_entropy(ours, theirs, reduction="none")
+        with torch.autocast(ours.device.type, enabled=False):  # on CUDA it refuses logarithms of probabilities
+            errors = F.binary_cross_entropy(ours, theirs, reduction="none")
         return (weights * errors).sum() / (weights.sum() + _TINY)
 
 
@@ -128,13 +132,14 @@ def train_slots(
         lr: Adam's learning rate; 5e-4.
         warmup: updates over which the rate rises from 0; 500.
         mask_weight: of the mask loss, >= 0; 0.01.
-        max_norm: the gradient's norm is clipped there; None, as the authors do, does not clip.
+        max_norm: the gradient's norm is clipped there, > 0; None, as the authors do, does not clip.
 
     Returns:
         The optimizer, whose ``state_dict()`` `SlotTTA` may go on from.
 
     Raises:
-        InputError: the loader is empty, masks are missing or malformed, or a setting is out of range.
+        InputError: the loader is empty, masks are missing or malformed, a setting is out of range, or the loss is not
+            finite.
 
     Example:
         >>> from trimtab.adaptation.slots import slot_autoencoder
@@ -145,14 +150,18 @@ def train_slots(
     steps = checks.integer(steps, "steps", low=1)
     warmup = checks.integer(warmup, "warmup", low=0)
     mask_weight = checks.number(mask_weight, "mask_weight", low=0.0)
+    if max_norm is not None:
+        checks.number(max_norm, "max_norm", low=0.0, low_open=True)
     optimizer = torch.optim.Adam(model.parameters(), checks.number(lr, "lr", low=0.0, low_open=True))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / warmup) if warmup else 1.0)
     mask_loss, device = HungarianMaskLoss(), modules.device_of(model)
-    for batch in progress.track(islice(progress.endless(loader), steps), "slot training", steps):
+    for step, batch in enumerate(progress.track(islice(progress.endless(loader), steps), "slot training", steps)):
         images, truth = take_apart(batch, device)
-        if truth is None:
-            raise InputError("loader must yield (images, masks)")
+        if truth is None or not isinstance(images, Tensor):
+            raise InputError("loader must yield (images, masks), two tensors")
         scene = model(checks.finite(images, "images"))
+        if not bool(scene.prediction.isfinite().all()):
+            raise InputError(f"lr must be smaller: what the model draws at step {step} is not finite")
         loss = F.mse_loss(scene.prediction, images) + mask_weight * mask_loss(scene.masks, truth)
         optimizer.zero_grad()
         torch.autograd.backward(loss)

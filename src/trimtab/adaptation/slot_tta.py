@@ -137,7 +137,7 @@ class SlotTTA(Adapter):
 
     def _learn(self, x: Inputs) -> Tensor:
         if isinstance(x, Tensor) and not bool(((x >= 0) & (x <= 1)).all()):
-            warnings.warn("x must be images in 0..1 as in training, it is not", RuntimeWarning, stacklevel=4)
+            warnings.warn("x must be images in 0..1 as in training, it is not", RuntimeWarning, stacklevel=5)
         scenes, errors = [], []
         for i, scene in enumerate(_one_by_one(x)):
             if self.episodic and i:

@@ -19,6 +19,11 @@ What we found:
 - The learnt loss conflicts less with classification than a fixed mean square: the squared gap of their normalised
   gradients falls from 2.5 to 2.0 on average in the claim's small world, where 2 is no relation at all. It does not get
   below, and on one seed of five, where there was no conflict, nothing is gained: the claim is published as failing.
+- The training is worth more than the step at test time. On small Fashion-MNIST in three renderings (plain, outlines,
+  striped noise; two to train on for 400 steps, the third to be tested on; mean over the three and three seeds) plain
+  training is right on 33.1 % of the unseen rendering, training with mixed styles alone on 35.5 %, ITTA's training on
+  37.6 %: ahead of plain training on each seed (by 2.2, 2.4 and 8.9 points). Adapting adds 0.0 points at the default
+  and takes away 0.5 with a ``loss_weight`` of 0.1.
 - The maps are the identity on what is not negative: they must follow blocks that end in a ReLU.
 - As large as the feature maps, the maps bind the network to one input size; `per_channel` frees it.
 """

@@ -98,5 +98,9 @@ CLAIM = Claim(
         "without it), down to about 2; it brings no agreement in these 150 steps.",
         "Accuracy on the unseen domain is saturated (99 to 100 %) before and after adaptation, so this world says "
         "nothing about the gain in accuracy that the paper reports.",
+        "That gain was tried besides, on Fashion-MNIST at 14 x 14 in three renderings, each left out once (400 steps, "
+        "seeds 0 to 2): 33.1 % of the unseen rendering right after plain training, 35.5 % with mixed styles alone, "
+        "37.6 % with ITTA's training (2.2, 2.4 and 8.9 points above plain training), and as much after adaptation "
+        "(37.6 %; 37.1 % with a loss weight of 0.1): what helps is the training, not the step at test time.",
     ),
 )

@@ -143,6 +143,23 @@ def test_one_sure_image_goes_through_a_head_that_normalises_vectors():
     assert deyo.model[3].training
 
 
+def test_one_sure_image_without_statistics_teaches_nothing():
+    def make():
+        pooled = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)
+        return nn.Sequential(*pooled, nn.Flatten(), nn.Linear(4, 5))
+
+    x = stream()[0]
+    deyo = DeYO(built(make), **OPEN)
+    with torch.no_grad():
+        margins = entropy(deyo.model(x)).sort().values
+    deyo.e_margin = float(margins[:2].mean())
+    deyo(x)
+    assert (int(deyo.reliable), int(deyo.selected), int(deyo.updates)) == (1, 0, 0)
+    deyo.e_margin = float(margins[1:3].mean())
+    deyo(x)
+    assert (int(deyo.reliable), int(deyo.selected), int(deyo.updates)) == (3, 2, 1)
+
+
 def test_layers_that_follow_the_stream_do_not_follow_destroyed_images():
     x = stream()[0]
     deyo, tent = (

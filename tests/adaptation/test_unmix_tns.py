@@ -10,9 +10,22 @@ from safetensors.torch import load, save
 from torch import nn
 from toynet import Golden, built, golden_files, seeded_net, stream
 
-from trimtab.adaptation import EATA, LAME, BatchNormAdapt, CoTTA, RoTTA, Source, Tent, UnMixTNS, unmix
+from trimtab.adaptation import (
+    CAFA,
+    EATA,
+    LAME,
+    BatchNormAdapt,
+    CoTTA,
+    LabelShiftAdapter,
+    RoTTA,
+    Source,
+    Tent,
+    UnMixTNS,
+    unmix,
+)
 from trimtab.adaptation.unmix_tns import UnmixedBatchNorm
 from trimtab.core.checks import InputError
+from trimtab.core.predictions import Predictions
 
 SLUG = "30-unmix-tns"
 LAYERS = ["bn1", "layer1.1", "layer4.1"]
@@ -290,6 +303,15 @@ def test_layers_without_affine_parameters_shared_layers_and_single_images():
     for x in stream(n=1):
         assert adapter(x).isfinite().all()
     assert int(adapter.updates) == 4
+
+
+def test_a_model_that_is_only_looked_at_keeps_its_components():
+    net = unmix(seeded_net())
+    before = everything(net)
+    data = [(x, (torch.arange(12) % 7) % 5) for x in stream()]
+    for look in (Predictions.collect, CAFA.prepare, partial(LabelShiftAdapter.prepare, steps=1)):
+        look(net, data)
+    assert same(everything(net), before)
 
 
 def test_dense_predictions():

@@ -153,3 +153,17 @@ def test_a_layer_with_a_forward_pass_of_its_own_has_no_stand_in():
         StandIn(Ghost(3))
     with pytest.raises(InputError, match="keep running statistics"):
         StandIn(nn.BatchNorm2d(3, track_running_stats=False))
+
+
+def test_what_a_layer_remembers_of_an_evaluation_is_forgotten():
+    class Remembering(StandIn):
+        def forward(self, x):
+            self.source_mean = x.mean(0)
+            return self._normalised(x)
+
+    model = modules.replace(nn.Sequential(nn.BatchNorm1d(3)), modules.BATCH_NORMS, Remembering)
+    with modules.evaluating(model):
+        model(torch.ones(4, 3))
+        assert torch.equal(model[0].source_mean, torch.ones(3))
+    assert torch.equal(model[0].source_mean, torch.zeros(3))
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "0.source_mean", "0.source_var"]

@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from trimtab.adaptation import state
-from trimtab.adaptation.batch_stats import MixedBatchNorm, held, source_statistics
+from trimtab.adaptation.batch_stats import MixedBatchNorm, source_statistics
 from trimtab.adaptation.guard import Guard
 from trimtab.adaptation.prepared import Prepared
 from trimtab.core import checks, modules
 from trimtab.core.checks import InputError
-from trimtab.core.modules import BATCH_NORMS, device_of
+from trimtab.core.modules import BATCH_NORMS, device_of, held
 from trimtab.core.predictions import logits_of
 
 Inputs = Shaped[Tensor, "n ..."] | Mapping[str, Any]

@@ -142,28 +142,6 @@ def squares(x: Float[Tensor, "n c *rest"], mean: Tensor) -> Float[Tensor, "n c"]
     return torch.linalg.vector_norm(centred.reshape(*x.shape[:2], -1), dim=2).square()
 
 
-def statistics(model: nn.Module) -> list[tuple[BatchNormStandIn, dict[str, Tensor]]]:
-    """What the layers in the place of batch normalisation remember now, for `put_back`."""
-    return [(m, dict(m.named_buffers())) for m in model.modules() if isinstance(m, BatchNormStandIn)]
-
-
-def put_back(before: list[tuple[BatchNormStandIn, dict[str, Tensor]]]) -> None:
-    """Give layers the `statistics` that they had."""
-    for layer, buffers in before:
-        for name, value in buffers.items():
-            setattr(layer, name, value)
-
-
-@contextmanager
-def held(model: nn.Module) -> Iterator[None]:
-    """Whatever the layers of `model` in the place of batch normalisation remember of this block is forgotten."""
-    before = statistics(model)
-    try:
-        yield
-    finally:
-        put_back(before)
-
-
 @contextmanager
 def source_statistics(model: nn.Module) -> Iterator[None]:
     """Every `nn.BatchNorm1d` of `model` in eval mode in this block: one row alone has no statistics."""

@@ -138,6 +138,7 @@ class CAFA(Adapter):
             tensor([[1., 4.],
                     [1., 4.]], dtype=torch.float64)
         """
+        model = modules.bare(model)
         modules.head(model, head)
         source = Predictions.collect(model, loader, features=head or True, description="class statistics")
         if source.labels is None:

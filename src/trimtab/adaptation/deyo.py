@@ -9,7 +9,8 @@ of Disentangled Factors", ICLR 2024 (arXiv:2403.07366). The authors' code (Jhyun
 scripts do and its defaults, made for a thousand, do not. Images need not be square, and an occlusion that reaches
 outside is refused. Eval mode is used instead of ``model.train()`` (`train_mode` follows the code), and all kinds of
 normalisation layers move, not three. With batch normalisation, the destroyed images are normalised by themselves: by
-those of the sure images alone, and by a single image where only one is sure.
+those of the sure images alone, and by a single image where only one is sure; where its maps are of one pixel, nothing
+is learnt from it (the code stops with an error).
 
 What we found, where a colour went with the class in training and against it in the stream (its claim): 61 % in the
 worst group of class and colour, Tent 54 % and plain batch statistics 54 %, learning from a third of the images.
@@ -25,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options, entropy
-from trimtab.adaptation.batch_stats import held, source_statistics, use_batch_statistics
+from trimtab.adaptation.batch_stats import source_statistics, use_batch_statistics
 from trimtab.adaptation.destroy import check_images, shuffle_patches
 from trimtab.adaptation.lower_norms import lower_norm_parameters
 from trimtab.core import checks
 from trimtab.core.checks import InputError
+from trimtab.core.modules import held
 
 
 class DeYO(Adapter):
@@ -129,13 +131,19 @@ class DeYO(Adapter):
         reliable = (~(entropies.detach() >= e_margin)).nonzero()[:, 0]
         if len(reliable) == 0:
             return None
+        self.reliable += len(reliable)
+        shown = self._destroyed(x, reliable, self.generator)
         alone = self.model if len(reliable) == 1 else nn.Identity()
         with torch.no_grad(), held(self.model), source_statistics(alone):
-            destroyed = self._call(self.model, self._destroyed(x, reliable, self.generator))
-            sure, predicted = logits[reliable].softmax(1).max(1)
-            plpd = sure - destroyed.softmax(1).gather(1, predicted[:, None])[:, 0]
+            try:
+                destroyed = self._call(self.model, shown)
+            except InputError:
+                if len(reliable) > 1:
+                    raise
+                return None  # alone, with maps of one pixel, it has no statistics
+        sure, predicted = logits.detach()[reliable].softmax(1).max(1)
+        plpd = sure - destroyed.softmax(1).gather(1, predicted[:, None])[:, 0]
         on_shape = ~(plpd <= self.plpd_margin)
-        self.reliable += len(reliable)
         self.selected += int(on_shape.sum())
         if not on_shape.any():
             return None

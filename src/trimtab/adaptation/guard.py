@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from trimtab.adaptation.batch_stats import held
 from trimtab.core import checks
 from trimtab.core.checks import InputError
+from trimtab.core.modules import held
 from trimtab.core.predictions import logits_of
 
 if TYPE_CHECKING:

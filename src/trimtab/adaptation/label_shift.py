@@ -183,6 +183,7 @@ class LabelShiftAdapter(Adapter):
             >>> LabelShiftAdapter.prepare(model, source, steps=1, hidden=4)["prior"]
             tensor([0.6667, 0.3333], dtype=torch.float64)
         """
+        model = modules.bare(model)
         layer = modules.head(model, head)
         checks.number(tau, "tau", low=0.0, low_open=True)
         checks.number(lr, "lr", low=0.0, low_open=True)

@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options, entropy
-from trimtab.adaptation.batch_stats import held, use_batch_statistics
+from trimtab.adaptation.batch_stats import use_batch_statistics
 from trimtab.adaptation.lower_norms import lower_norm_parameters
 from trimtab.core import checks
+from trimtab.core.modules import held
 
 _MOMENTUM = 0.9
 

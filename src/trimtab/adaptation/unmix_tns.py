@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trimtab.adaptation.base import Adapter, Inputs, Options
-from trimtab.adaptation.batch_stats import put_back, squares, statistics
+from trimtab.adaptation.batch_stats import squares
 from trimtab.core import checks
 from trimtab.core.checks import InputError
-from trimtab.core.modules import BATCH_NORMS, BatchNormStandIn, replace
+from trimtab.core.modules import BATCH_NORMS, BatchNormStandIn, put_back, remembered, replace
 
 
 class UnMixTNS(Adapter):
@@ -105,7 +105,7 @@ class UnMixTNS(Adapter):
         self._begin()
 
     def _adapt(self, x: Inputs) -> Tensor:
-        before = statistics(self.model)
+        before = remembered(self.model)
         with torch.no_grad():
             logits = self._predict(x)
         if self.summed((~logits.isfinite()).any().float()):

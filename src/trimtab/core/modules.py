@@ -157,13 +157,35 @@ def watch_input(module: nn.Module, *, detach: bool = True) -> Iterator[list[Tens
         handle.remove()
 
 
+def remembered(model: nn.Module) -> list[tuple[BatchNormStandIn, dict[str, Tensor]]]:
+    """What the layers in the place of batch normalisation remember now, for `put_back`."""
+    return [(m, dict(m.named_buffers())) for m in model.modules() if isinstance(m, BatchNormStandIn)]
+
+
+def put_back(before: list[tuple[BatchNormStandIn, dict[str, Tensor]]]) -> None:
+    """Let layers remember what they had `remembered`."""
+    for layer, buffers in before:
+        for name, value in buffers.items():
+            setattr(layer, name, value)
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Whatever the layers of `model` in the place of batch normalisation remember of this block is forgotten."""
+    before = remembered(model)
+    try:
+        yield
+    finally:
+        put_back(before)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode without gradients; every submodule's own mode is restored afterwards."""
+    """The model in eval mode without gradients; afterwards it is as it was, every submodule in its own mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), held(model):
             yield model
     finally:
         for module, mode in modes.items():

@@ -30,12 +30,16 @@ settings.register_profile("trimtab", deadline=None, suppress_health_check=[Healt
 settings.load_profile("trimtab")
 
 
-def pytest_collection_modifyitems(items):
-    if find_spec("open_clip") and find_spec("timm"):
-        return
+def pytest_collection_modifyitems(config, items):
+    reasons = {}
+    if not (find_spec("open_clip") and find_spec("timm")):
+        reasons["vision"] = "needs timm and open_clip: make test-vision"
+    if "slow" not in config.option.markexpr:
+        reasons["slow"] = "takes minutes: pytest -m slow"
     for item in items:
-        if item.get_closest_marker("vision"):
-            item.add_marker(pytest.mark.skip(reason="needs timm and open_clip: make test-vision"))
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

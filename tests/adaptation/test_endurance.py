@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 from builders import BUILDERS, LEARNERS
-from toynet import built, seeded_net, stream
 from torch import nn
+from toynet import built, seeded_net, stream
 
 from trimtab.adaptation import EATA, ETA, AdaNPC, Guard
 

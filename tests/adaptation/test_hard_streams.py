@@ -58,7 +58,7 @@ def test_a_stream_that_ends_in_one_input(name):
         adapter(x)
     before = {key: value.clone() for key, value in adapter.state_dict().items()}
     if name in ("adanpc_bn", "ostta"):
-        with pytest.raises(InputError, match="x must hold more than one .*; pass larger batches, "):
+        with pytest.raises(InputError, match=r"x must hold more than one .*; pass larger batches, "):
             adapter(last)
         assert all(torch.equal(value, before[key]) for key, value in adapter.state_dict().items())
     else:
@@ -86,7 +86,7 @@ def test_what_was_prepared_for_another_model_or_by_another_method_is_refused(nam
     if build.prepare is None:
         pytest.skip("needs no preparation")
     ours, theirs = build.prepared(seeded_net()), build.prepared(seeded_net(seed=1))
-    with pytest.raises(InputError, match="prepared was made for another model: '.*' has norm .* here, .* there"):
+    with pytest.raises(InputError, match=r"prepared was made for another model: '.*' has norm .* here, .* there"):
         build.method(seeded_net(), **{**build.settings, "prepared": theirs})
     ours.method = "Other"
     with pytest.raises(InputError, match=rf"prepared must come from {build.method.__name__}\.prepare, .* by Other"):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from builders import BUILDERS, LEARNERS
-from toynet import seeded_net, stream
 from torch import nn
+from toynet import seeded_net, stream
 
 from trimtab.adaptation import AdaNPC
 from trimtab.core.checks import InputError
@@ -59,7 +59,7 @@ def test_a_model_in_half_precision_predicts_in_single_precision(name, half, tole
 @pytest.mark.parametrize("name", LEARNERS)
 @halves
 def test_what_moves_must_be_in_single_precision(name, half, tolerance):
-    with pytest.raises(InputError, match="model must hold .* in float32.*: small updates would be lost"):
+    with pytest.raises(InputError, match=r"model must hold .* in float32.*: small updates would be lost"):
         BUILDERS[name](seeded_net().to(half))
 
 

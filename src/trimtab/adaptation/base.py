@@ -19,19 +19,19 @@ from typing import Any, ClassVar, Literal, Self, TypedDict
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from trimtab.adaptation import state
+from trimtab.adaptation import processes, state
 from trimtab.adaptation.batch_stats import MixedBatchNorm, source_statistics
 from trimtab.adaptation.guard import Guard
+from trimtab.adaptation.inputs import Inputs as Inputs
+from trimtab.adaptation.inputs import checked_size, usable
 from trimtab.adaptation.prepared import Prepared
 from trimtab.core import checks, modules
 from trimtab.core.checks import InputError
 from trimtab.core.modules import BATCH_NORMS, device_of, held
 from trimtab.core.predictions import logits_of
 
-Inputs = Shaped[Tensor, "n ..."] | Mapping[str, Any]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Choice = Callable[[nn.Module], Mapping[str, nn.Parameter]]
 
@@ -113,9 +113,7 @@ class Adapter(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self._group: Any = None
-        if isinstance(model, DistributedDataParallel):
-            self._group, model = model.process_group, model.module
+        model, self._group = processes.unwrapped(model)
         self.model = model if inplace else deepcopy(model)
         self.model.eval()
         self.guard = None if guard is None else guard.watching(self.model)
@@ -182,12 +180,12 @@ class Adapter(nn.Module):
         """
         if labels is not None:
             raise InputError("labels must not be given: an adapter learns from inputs alone")
-        n = _checked_size(x)
+        n = checked_size(x)
         if self._frozen:
             with torch.no_grad(), held(self):
                 return self._slide(x) if self.window > 1 and n == 1 else self._predict(x)
         with torch.inference_mode(False), torch.enable_grad():
-            x = {name: _usable(value) for name, value in x.items()} if isinstance(x, Mapping) else _usable(x)
+            x = usable(x)
             if self.episodic:
                 self._restart()
             outputs = self._slide(x) if self.window > 1 and n == 1 else self._learn(x)
@@ -275,8 +273,10 @@ class Adapter(nn.Module):
             raise InputError("model must let gradients flow from its output to the parameters that move, it does not")
         if loss is not None and sound:
             torch.autograd.backward(loss)
-        learnt, sound = (loss is not None, sound) if self._group is None else self._average(loss is not None, sound)
-        gradients = [parameter.grad for parameter in self.moving.values() if parameter.grad is not None]
+        learnt, parameters = loss is not None, list(self.moving.values())
+        if self._group is not None:
+            learnt, sound = processes.share_gradients(parameters, learnt, sound, self._group)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         sound = sound and (not learnt or bool(get_total_norm(gradients).isfinite()))
         if not sound:
             self.skipped += 1
@@ -286,22 +286,7 @@ class Adapter(nn.Module):
 
     def summed(self, counts: Tensor) -> Tensor:
         """`counts`, summed over the processes of a distributed stream."""
-        if self._group is not None:
-            torch.distributed.all_reduce(counts, group=self._group)
-        return counts
-
-    def _average(self, learnt: bool, sound: bool) -> tuple[bool, bool]:
-        """Make every gradient the mean over the processes that learn; whether any does, and whether all are sound."""
-        parameters = list(self.moving.values())
-        gradients = [torch.zeros_like(p) if p.grad is None or not sound else p.grad for p in parameters]
-        votes = gradients[0].new_tensor([float(learnt), float(not sound)])
-        pooled = torch.cat([votes, *(gradient.flatten() for gradient in gradients)])
-        torch.distributed.all_reduce(pooled, group=self._group)
-        learners, unsound = int(pooled[0]), int(pooled[1])
-        means = (pooled[2:] / max(learners, 1)).split([p.numel() for p in parameters])
-        for parameter, mean in zip(parameters, means):
-            parameter.grad = mean.view_as(parameter)
-        return learners > 0, unsound == 0
+        return processes.summed(counts, self._group)
 
     def _step(self) -> None:
         """Let the optimizer step along the gradients that are there."""
@@ -382,9 +367,7 @@ class Adapter(nn.Module):
                 self.generator.set_state(state_dict.pop(f"{prefix}generator").cpu())
             else:
                 missing_keys.append(f"{prefix}generator")
-        for name, buffer in self.named_buffers(recurse=False):
-            if f"{prefix}{name}" in state_dict:  # its shape may have changed
-                setattr(self, name, state_dict[f"{prefix}{name}"].to(buffer.device, copy=True))
+        state.resize(self, state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -406,28 +389,3 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     with torch.no_grad():
         for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
             slow.lerp_(fast, 1 - momentum)
-
-
-def _usable(value: Any) -> Any:
-    """A tensor that gradients may be computed beside, though it was made in inference mode or asks for its own."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().clone() if value.is_inference() else value.detach()
-
-
-def _checked_size(x: Any) -> int:
-    """The number of inputs of a batch that holds tensors, finite, and no labels."""
-    if isinstance(x, Mapping):
-        for name in ("labels", "label"):
-            if name in x:
-                raise InputError(f"x must not hold {name!r}: an adapter learns from inputs alone")
-        tensors = {f"x[{name!r}]": value for name, value in x.items() if isinstance(value, Tensor)}
-    elif isinstance(x, Tensor):
-        tensors = {"x": x}
-    else:
-        raise InputError(f"x must be a tensor or a mapping of inputs, without labels, got {type(x).__name__}")
-    if not tensors or any(value.ndim == 0 or len(value) == 0 for value in tensors.values()):
-        raise InputError("x must hold at least one input, got an empty batch")
-    for name, value in tensors.items():
-        checks.finite(value, name)
-    return len(next(iter(tensors.values())))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from trimtab.adaptation import state
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.core.modules import held
@@ -167,8 +168,8 @@ class Guard(nn.Module):
         """Remember a healthy state and the one before it, two memories apart: a collapse is seen no later than that."""
         if self.kept and float(self.fresh) < 2 * self.memory:
             return
-        state = {name: value.clone() for name, value in adapter.state_dict().items() if not _stays(name)}
-        self.kept = [*self.kept[-1:], state]
+        healthy = {name: value.clone() for name, value in adapter.state_dict().items() if not _stays(name)}
+        self.kept = [*self.kept[-1:], healthy]
         self.fresh = torch.zeros_like(self.fresh)
 
     def _forget(self) -> None:
@@ -177,8 +178,8 @@ class Guard(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for place, state in enumerate(self.kept):
-            for name, value in state.items():
+        for place, healthy in enumerate(self.kept):
+            for name, value in healthy.items():
                 destination[f"{prefix}kept.{place}.{name}"] = value
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -188,9 +189,7 @@ class Guard(nn.Module):
             place, _, name = key.removeprefix(start).partition(".")
             kept.setdefault(int(place), {})[name] = state_dict.pop(key).clone()
         self.kept = [kept[place] for place in sorted(kept)]
-        for name, buffer in self.named_buffers(recurse=False):
-            if f"{prefix}{name}" in state_dict:  # its shape may have changed
-                setattr(self, name, state_dict[f"{prefix}{name}"].to(buffer.device, copy=True))
+        state.resize(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

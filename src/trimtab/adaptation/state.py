@@ -75,3 +75,10 @@ def unpack(
         else:
             strangers.append(name)
     return strangers
+
+
+def resize(module: nn.Module, saved: Mapping[str, Tensor], prefix: str) -> None:
+    """Give every buffer of `module` itself the shape that it has in `saved`, and its values."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if f"{prefix}{name}" in saved:
+            setattr(module, name, saved[f"{prefix}{name}"].to(buffer.device, copy=True))

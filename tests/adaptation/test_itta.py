@@ -380,6 +380,8 @@ def test_what_a_batch_costs():
     [
         ({"blocks": ("first",)}, "blocks must name at least two submodules"),
         ({"blocks": "first"}, "blocks must name at least two submodules"),
+        ({"blocks": ("first", "first")}, "each once"),
+        ({"blocks": ("second", "first")}, r"in the order in which they run, \['first', 'second'\]"),
         ({"blocks": ("first", "third")}, "no module named 'third'"),
         ({"blocks": ("first", "fc")}, "block 'fc' must return feature maps"),
         ({"blocks": ("first", "second"), "head": "first"}, "as its head"),

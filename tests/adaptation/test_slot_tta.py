@@ -216,6 +216,10 @@ def test_pictures_out_of_range_are_warned_of():
             lambda: SlotTTA(model(), optimizer_state=torch.optim.Adam(seeded_net().parameters()).state_dict()),
             "optimizer_state must fit the parameters that move",
         ),
+        (
+            lambda: SlotTTA(model(), optimizer_state=torch.optim.SGD(model().parameters()).state_dict()),
+            r"optimizer_state must come from Adam, it lacks \['betas', 'eps'\]",
+        ),
         (lambda: SlotTTA(model().half()), "in float32"),
         (lambda: SlotTTA(model())(scenes() * np.nan), "x must be finite"),
         (lambda: SlotTTA(model())(scenes(), torch.zeros(3)), "labels must not be given"),

@@ -118,8 +118,8 @@ class ITTATrainer:
         draw: StyleDraw = draw_style,
         generator: torch.Generator | None = None,
     ):
-        if isinstance(blocks, str) or len(blocks) < 2:
-            raise InputError(f"blocks must name at least two submodules, got {blocks!r}")
+        if isinstance(blocks, str) or len(set(blocks)) < max(2, len(blocks)):
+            raise InputError(f"blocks must name at least two submodules, each once, got {blocks!r}")
         self._given = model
         self.network = deepcopy(modules.bare(model)).eval()
         self.blocks = {name: modules.submodule(self.network, name) for name in blocks}
@@ -194,12 +194,13 @@ class ITTATrainer:
 
     def _dry_run(self, x: Tensor) -> None:
         """Note the shapes of the blocks' maps."""
-        outputs: dict[str, list[Tensor]] = {name: [] for name in self.blocks}
+        outputs: dict[str, list[Tensor]] = {}
         with ExitStack() as stack, torch.no_grad():
             for name, block in self.blocks.items():
-                note = partial(_append, outputs[name])
-                stack.callback(block.register_forward_hook(note).remove)
+                stack.callback(block.register_forward_hook(partial(_note, outputs, name)).remove)
             logits_of(self.network, x[:1])
+        if list(outputs) != list(self.blocks):
+            raise InputError(f"blocks must be named in the order in which they run, {list(outputs)}")
         for name, seen in outputs.items():
             shapes = [tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__ for maps in seen]
             if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].ndim < 3 or seen[0][0, 0].numel() < 2:
@@ -233,8 +234,8 @@ class ITTATrainer:
         optimizer.zero_grad()
 
 
-def _append(seen: list[Tensor], _: nn.Module, __: object, output: Tensor) -> None:
-    seen.append(output)
+def _note(seen: dict[str, list[Tensor]], name: str, _: nn.Module, __: object, output: Tensor) -> None:
+    seen.setdefault(name, []).append(output)
 
 
 def gradient_alignment_penalty(

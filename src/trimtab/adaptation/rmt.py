@@ -264,6 +264,10 @@ class RMT(Adapter):
         loss = loss + self.contrast_weight * view_contrast(self.projector(views), self.temperature)
         if self.replay is not None:
             source, labels = take_apart(self.replay.next(), modules.device_of(self.model))
+            if labels is None:
+                raise InputError("source must yield (inputs, labels), a batch came without labels")
+            if isinstance(source, Tensor):
+                checks.finite(source, "inputs of source")
             said = self._call(self.model, source)
             labels = checks.labels(labels, len(said), said.shape[1], "labels of source")
             loss = loss + self.source_weight * F.cross_entropy(said, labels)

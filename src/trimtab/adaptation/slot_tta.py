@@ -130,6 +130,9 @@ class SlotTTA(Adapter):
             self.optimizer.load_state_dict(deepcopy(dict(self.optimizer_state)))
         except (ValueError, KeyError) as error:
             raise InputError(f"optimizer_state must fit the parameters that move: {error}") from error
+        for group in self.optimizer.param_groups:
+            if lacking := sorted(self.optimizer.defaults.keys() - group.keys()):
+                raise InputError(f"optimizer_state must come from {type(self.optimizer).__name__}, it lacks {lacking}")
 
     def _predict(self, x: Inputs) -> Tensor:
         self._scene = self.model(x)

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from toynet import DTYPE, Golden, built, golden_files, seeded_net
+from toynet import Golden, built, golden_files, seeded_net
 
 from trimtab.adaptation import ITTA, ITTATrainer, Prepared
 from trimtab.adaptation.guard import Guard
 from trimtab.adaptation.itta_training import Elementwise, gradient_alignment_penalty
-from trimtab.adaptation.mixstyle import Style, draw_style, mixstyle
+from trimtab.adaptation.mixstyle import Style
 from trimtab.core.checks import InputError
 
 SLUG = "13-itta"
@@ -124,23 +124,6 @@ def test_the_authors_training_and_stream(path, precision):
     assert checked == len(golden.results())
 
 
-@pytest.mark.golden
-@precisions
-@pytest.mark.parametrize("path", golden_files(SLUG, "*.lmda", "*.perm"))
-def test_the_authors_mixed_styles(path, precision):
-    arrays, dtype = np.load(path), DTYPE[precision]
-    cases = [name.removesuffix(".lmda") for name in arrays.files if name.endswith(".lmda")]
-    for case in cases:
-        x = torch.from_numpy(arrays[f"{case}.x"]).to(dtype).requires_grad_()
-        shares, order = (torch.from_numpy(arrays[f"{case}.{name}"]) for name in ("lmda", "perm"))
-        out = mixstyle(x, shares, order)
-        (grad,) = torch.autograd.grad(out, x, torch.from_numpy(arrays[f"{case}.grad_out"]).to(dtype))
-        for name, value in (("out", out), ("grad_x", grad)):
-            expected = arrays[f"{case}.{precision}.{name}"]
-            np.testing.assert_allclose(value.detach(), expected, rtol=0, atol=TOLERANCE[precision], err_msg=name)
-    assert cases
-
-
 class Small(nn.Module):
     """Two blocks that end in a ReLU, batch normalisation in one, and a linear head."""
 
@@ -177,28 +160,6 @@ def made(net=None, steps=3, training=TRAINING, **settings):
 
 def images(n=6, seed=5, size=8):
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed)) + 1
-
-
-@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 10**6))
-def test_mixed_styles_have_the_mixed_means_and_spreads(n, axes, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 2, *(3,) * axes, generator=generator, dtype=torch.float64)
-    style = draw_style(n, generator)
-    assert style.after in (0, 1)
-    assert bool(((style.shares >= 0) & (style.shares <= 1)).all())
-    flat, out = x.flatten(2), mixstyle(x, style.shares, style.order, eps=0.0).flatten(2)
-    share = style.shares[:, None]
-    torch.testing.assert_close(out.mean(2), share * flat.mean(2) + (1 - share) * flat.mean(2)[style.order])
-    torch.testing.assert_close(out.std(2), share * flat.std(2) + (1 - share) * flat.std(2)[style.order])
-
-
-def test_shares_follow_their_law():
-    generator = torch.Generator().manual_seed(0)
-    shares = draw_style(20000, generator).shares
-    assert abs(float(shares.mean()) - 0.5) < 0.02
-    assert abs(float(shares.var()) - 0.25 / 1.2) < 0.01
-    after = [draw_style(1, generator).after for _ in range(400)]
-    assert 150 < sum(after) < 250
 
 
 @given(st.integers(1, 6), st.integers(0, 10**6))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from trimtab.adaptation import TokenCondensation, vit_blocks
 from trimtab.adaptation.base import entropy
-from trimtab.adaptation.token_condensation import ReservoirCache, condense
+from trimtab.adaptation.condensing import condense
+from trimtab.adaptation.reservoir import ReservoirCache
 from trimtab.claims.base import Claim, Expectation
 from trimtab.core import progress
 from trimtab.data.sources import digits, fashion_mnist

@@ -181,3 +181,16 @@ def test_a_damaged_pair_is_refused(tmp_path, damage):
         beside.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"a\.safetensors and its \.json cannot be read"):
         persist.load(path)
+
+
+def test_the_fingerprint_sees_names_and_all_tensors_in_any_order():
+    tensors = {"a": torch.ones(2), "b": torch.zeros((), dtype=torch.int64), "c": torch.ones(2, dtype=torch.bfloat16)}
+    changes = (
+        {"a": torch.full((2,), 2.0)},
+        {"b": torch.ones((), dtype=torch.int64)},
+        {"c": torch.ones(2)},
+        {"d": tensors["a"]},
+    )
+    seen = {persist.fingerprint(tensors | change) for change in changes} | {persist.fingerprint(tensors)}
+    assert len(seen) == 5
+    assert persist.fingerprint(dict(reversed(tensors.items()))) == persist.fingerprint(tensors)

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import checks, persist
+from trimtab.core import checks, modules, persist
 from trimtab.core.checks import InputError
 
-_ROUNDING = 0.01  # the norms of a model's half-precision copy are closer, those of another model are not
+_ROUNDING = 0.01  # a half-precision copy is closer, another model is not
 
 
 class Prepared(Mapping[str, Tensor]):
     """The result of an adapter's ``prepare(model, loader)``: tensors by name, made once, on the source's data.
 
-    It remembers the method and the model it was made for (names, shapes and norms of all its tensors, so that a copy
-    on another device or in half precision is still the same model), and refuses to serve another.
+    It remembers the method and the model it was made for (names, shapes, norms and a projection of all its tensors, so
+    that a copy on another device or in half precision is still the same model), and refuses to serve another.
 
     Args:
         method: name of the adapter's class.
@@ -62,20 +62,26 @@ class Prepared(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write the tensors to `path` (safetensors) and what they belong to beside it (JSON)."""
-        persist.save(path, self._tensors, {"method": self.method, "model": self._model})
+        told = {"method": self.method, "model": self._model, "tensors": persist.fingerprint(self._tensors)}
+        persist.save(path, self._tensors, told)
 
     @classmethod
     def load(cls, path: str | Path) -> Prepared:
         """Read what `save` wrote.
 
         Raises:
-            InputError: a file is missing or is not what `save` writes.
+            InputError: a file is missing, is not what `save` writes, or was changed since.
         """
         tensors, told = persist.load(path)
-        if not isinstance(told.get("method"), str) or not isinstance(told.get("model"), dict):
-            raise InputError(f"{path} does not hold the preparation of an adapter")
-        loaded = cls(told["method"], tensors, nn.Module())
-        loaded._model = {name: (tuple(shape), float(norm)) for name, (shape, norm) in told["model"].items()}
+        try:
+            method, written = str(told["method"]), told["tensors"]
+            model = {name: (tuple(shape), float(norm), float(at)) for name, (shape, norm, at) in told["model"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise InputError(f"{path} does not hold the preparation of an adapter") from None
+        if written != persist.fingerprint(tensors):
+            raise InputError(f"{path} holds other tensors than were saved with its .json; prepare anew")
+        loaded = cls(method, tensors, nn.Module())
+        loaded._model = model
         return loaded
 
     def check(self, method: str, model: nn.Module) -> Prepared:
@@ -91,22 +97,24 @@ class Prepared(Mapping[str, Tensor]):
         if strangers:
             where = "not there" if strangers[0] in here else "not here"
             raise InputError(f"prepared was made for another model: {strangers[0]!r} is {where}")
-        for name, (shape, norm) in here.items():
-            shape_there, norm_there = self._model[name]
+        for name, (shape, norm, projection) in here.items():
+            shape_there, norm_there, projection_there = self._model[name]
             if shape != shape_there:
                 raise InputError(f"prepared was made for another model: {name!r} is {shape} here, {shape_there} there")
-            if abs(norm - norm_there) > _ROUNDING * max(norm, norm_there):
+            if max(abs(norm - norm_there), abs(projection - projection_there)) > _ROUNDING * max(norm, norm_there):
                 raise InputError(
-                    f"prepared was made for another model: {name!r} has norm {norm:.6g} here, {norm_there:.6g} there"
+                    f"prepared was made for another model: {name!r} holds other numbers here (norm {norm:.6g}) than "
+                    f"there ({norm_there:.6g})"
                 )
         return self
 
 
-def _signature(model: nn.Module) -> dict[str, tuple[tuple[int, ...], float]]:
-    """Shape and Euclidean norm of every floating-point parameter and buffer."""
-    model = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    return {
-        name: (tuple(tensor.shape), float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)))
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point()
-    }
+def _signature(model: nn.Module) -> dict[str, tuple[tuple[int, ...], float, float]]:
+    """Shape, Euclidean norm and a projection of every floating-point parameter and buffer."""
+    signature = {}
+    for name, tensor in modules.bare(model).state_dict().items():
+        if tensor.is_floating_point():
+            values = tensor.detach().flatten().double()
+            along = torch.arange(len(values), dtype=torch.float64, device=values.device).cos()
+            signature[name] = (tuple(tensor.shape), float(values.norm()), float(values @ along))
+    return signature

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trimtab.audit import setup as setups
 from trimtab.audit.setup import Setup
 from trimtab.core.checks import InputError
+from trimtab.core.persist import fingerprint
 
 
 def marks(setup: Setup, spec: str | None) -> dict[str, Any]:
@@ -53,12 +52,3 @@ def stamp(path: Path) -> list[Any]:
         raise InputError(f"{path}: no such file")
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A short hash of named tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

@@ -6,6 +6,7 @@ them for everything that is not a tensor.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
@@ -103,3 +105,12 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(str(path)), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (SafetensorError, json.JSONDecodeError, FileNotFoundError, UnicodeDecodeError) as error:
         raise InputError(f"{path} and its .json cannot be read: {error}") from error
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of named tensors, in whatever order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -2,7 +2,7 @@ import torch
 from torch import nn
 from toynet import built, seeded_net, stream
 
-from trimtab.adaptation.batch_stats import MixedBatchNorm, mix_statistics, use_batch_statistics
+from trimtab.adaptation.batch_stats import MixedBatchNorm, mix_statistics, source_statistics, use_batch_statistics
 
 
 def test_following_layer_stores_in_train_mode_and_looks_up_in_eval_mode():
@@ -49,3 +49,10 @@ def test_half_precision_inputs_are_summed_in_the_statistics_precision():
     x = stream(n=64, shape=(3, 32, 32))[0].bfloat16()
     assert layer(x).dtype == torch.bfloat16
     torch.testing.assert_close(layer.source_var, x.double().var((0, 2, 3), correction=0).float())
+
+
+def test_source_statistics_return_every_layer_to_its_own_mode():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3).eval(), nn.BatchNorm2d(3))
+    with source_statistics(net):
+        assert [layer.training for layer in net] == [False, False, True]
+    assert [layer.training for layer in net] == [True, False, True]

@@ -318,6 +318,8 @@ def test_what_does_not_fit_is_refused():
     prepared = CAFA.prepare(net, labelled())
     with pytest.raises(InputError, match="made for another model"):
         CAFA(seeded_net(1), prepared)
+    with pytest.raises(InputError, match=r"model must be a torch\.nn\.Module"):
+        CAFA(lambda x: x, prepared)
     with pytest.raises(InputError, match=r"must come from CAFA.prepare, it was made by EATA"):
         CAFA(net, Prepared("EATA", dict(prepared), net))
     with pytest.raises(InputError, match="form must be one of log_ratio, log_ratio_all, intra, difference"):

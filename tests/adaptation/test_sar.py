@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from torch import nn
 from toynet import Golden, built, golden_files, seeded_net, stream
 
+from trimtab.adaptation import CAFA, CoRe, DeYO
 from trimtab.adaptation.base import entropy
 from trimtab.adaptation.lower_norms import lower_norm_parameters
 from trimtab.adaptation.sar import SAR
@@ -245,3 +246,17 @@ def test_nothing_left_below_the_top_block_is_refused_in_words():
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         SAR(seeded_net(), **options)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_dropout_sleeps_unless_asked_for(train):
+    def make():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 3))
+
+    known = [(x, torch.arange(12) % 3) for x in stream()]
+    net = built(make)
+    cafa = partial(CAFA, prepared=CAFA.prepare(net, known))
+    for method in (SAR, DeYO, CoRe, cafa):
+        adapter = method(net, train_mode=train)
+        assert adapter.model[2].training == train
+        assert not adapter.train().model[0].training or train

@@ -14,8 +14,10 @@ from trimtab.adaptation import (
     CAFA,
     EATA,
     LAME,
+    SAR,
     BatchNormAdapt,
     CoTTA,
+    DeYO,
     LabelShiftAdapter,
     RoTTA,
     Source,
@@ -224,6 +226,8 @@ BUILDERS = {
     "cotta": on_top(partial(CoTTA, augmentations=2)),
     "rotta": on_top(partial(RoTTA, capacity=8, update_every=10, nu=0.1)),
     "lame": on_top(LAME),
+    "sar": on_top(partial(SAR, e_margin=2.0)),
+    "deyo": on_top(partial(DeYO, e_margin=2.0, plpd_margin=-1.0)),
 }
 every = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 

@@ -88,8 +88,8 @@ class CAFA(Adapter):
         train_mode: bool = False,
         **options: Unpack[Options],
     ):
-        prepared.check("CAFA", model)
         super().__init__(model, **options)
+        prepared.check("CAFA", self.model)
         self.form: Form = checks.one_of(form, "form", Form)
         self.head = head
         layer = modules.head(self.model, head)
@@ -215,9 +215,12 @@ def distances(
     if whiten.ndim == 3 and len(whiten) == 1:  # white once: no tensor (n, c, d), which a thousand classes make large
         points, centres = features @ whiten[0].T, means @ whiten[0].T
         return torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").square()
-    away = features - means[:, None]
-    white = away * whiten[:, None] if whiten.ndim == 2 else away @ whiten.mT
-    return white.square().sum(2).T
+    if whiten.ndim == 2:  # nor here: counted from the middle of the classes, the squares may be multiplied out
+        middle, weights = means.mean(0), whiten.square()
+        points, centres = features - middle, means - middle
+        mixed = points.square() @ weights.T - 2 * points @ (weights * centres).T
+        return (mixed + (weights * centres.square()).sum(1)).clamp_min(0)
+    return ((features - means[:, None]) @ whiten.mT).square().sum(2).T
 
 
 def alignment_loss(

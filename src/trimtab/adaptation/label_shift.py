@@ -110,8 +110,8 @@ class LabelShiftAdapter(Adapter):
         head: str | None = None,
         **options: Unpack[Options],
     ):
-        prepared.check("LabelShiftAdapter", model)
         super().__init__(model, **options)
+        prepared.check("LabelShiftAdapter", self.model)
         layer = modules.head(self.model, head)
         c, d = layer.out_features, layer.in_features
         if len(prepared["prior"]) != c or len(prepared.get("output.bias", ())) not in (0, c * d + c + 2 * d):

@@ -69,7 +69,7 @@ CLAIM = Claim(
         "88 %), on seed 101 SAR loses three points to the source at the larger one. In the mean over seeds SAR is 7 "
         "and 5 points ahead of the source, 14 and 30 ahead of Tent.",
         "Recovery carries the gain here: at the larger rate SAR has 87 %, without recovery 48 %, with the filter alone "
-        "56 %; Tent has 57 %. Sharpness does not help: the last line is its effect without recovery, and with recovery "
+        "57 %; Tent has 57 %. Sharpness does not help: the last line is its effect without recovery, and with recovery "
         "SAR is 2 points better without it.",
         "As published (reset at 0.2, again on every batch until the average has climbed) it has 86 %, and was reset "
         "after 124 to 355 of 400 batches; with the constant scaled to ten classes after 12 to 33.",

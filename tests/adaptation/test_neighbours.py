@@ -77,6 +77,9 @@ def test_neighbours_are_told_apart_in_mixed_precision_too():
     expected = vote(features, memory, labels, 4, k=3, temperature=0.01)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(vote(features, memory, labels, 4, k=3, temperature=0.01), expected)
+        trained = NonParametricLoss(3, 4)(features.bfloat16().requires_grad_(), labels[:6])
+    assert trained.dtype == torch.float32
+    trained.backward()
 
 
 def test_equal_rows_split_the_vote():

@@ -252,7 +252,7 @@ def vote(
 ) -> Float[Tensor, "n c"]:
     """Share of each class among the neighbours, which weigh exp(cosine / temperature), plus 1e-5, at most 1."""
     with torch.autocast(features.device.type, enabled=False):  # three digits of a cosine do not tell neighbours apart
-        points = F.normalize(features, dim=1)
+        points = F.normalize(features.to(memory.dtype), dim=1)
         nearest, rows = nearest_rows(points, memory, k)
         if eps_ball is not None and bool(nearest[:, 0].min() > eps_ball):
             shares = ball_shares(points, memory, labels, classes, nearest[:, :1].detach(), temperature, eps_ball)

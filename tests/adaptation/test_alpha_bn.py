@@ -134,6 +134,13 @@ def test_class_correlation_is_the_sum_over_pairs(logits, certainty):
     assert 0 <= class_correlation(logits, certainty=certainty) <= 1
 
 
+def test_class_correlation_keeps_its_precision_under_autocast():
+    logits = 12 * torch.eye(3).repeat(4, 1)
+    expected = class_correlation(logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(class_correlation(logits), expected)
+
+
 @given(logits_)
 def test_only_the_normalised_loss_looks_across_the_batch(logits):
     one, two = logits[:3], logits[3:6]

@@ -168,7 +168,8 @@ def class_correlation(
     if certainty:
         certainties = 1 + (-entropy(logits.detach())).exp()
         weighted = probs * (certainties / certainties.mean())[:, None]
-    correlation = weighted.T @ probs
+    with torch.autocast(probs.device.type, enabled=False):  # in half precision the small shares drown in the sums
+        correlation = weighted.T @ probs
     sums = correlation.sum(1)
     confused = sums - correlation.diagonal()
     return (confused / (sums + _EMPTY)).mean() if normalise else confused.sum() / len(logits)

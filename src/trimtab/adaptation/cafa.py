@@ -148,7 +148,8 @@ class CAFA(Adapter):
 
     def _adapt(self, x: Inputs) -> Tensor:
         features, logits = self._with_features(self.model, modules.head(self.model, self.head), x)
-        away = distances(features.to(self.means.dtype), self.means, self.whiten)
+        with torch.autocast(features.device.type, enabled=False):  # distances are small beside what they lie between
+            away = distances(features.to(self.means.dtype), self.means, self.whiten)
         self._descend(alignment_loss(away, logits.detach().argmax(1), self.form))
         return logits
 

@@ -223,7 +223,8 @@ class LabelShiftAdapter(Adapter):
     def _change(self) -> Change:
         network = self.network.named()
         make = _plain_change if "tau" in network else trained_change
-        change = make(network, self.target, network["prior"])
+        with torch.autocast(self.target.device.type, enabled=False):
+            change = make(network, self.target, network["prior"])
         return Change(*(tensor.to(self._dtype) for tensor in change))
 
     def _estimate(self, probs: Tensor) -> bool:

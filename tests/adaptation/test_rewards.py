@@ -59,6 +59,15 @@ def test_an_ensemble_sums_by_weight_or_takes_the_mean():
     torch.testing.assert_close(RewardEnsemble([lambda x, i: 1.0 * i, rewards[0]], [1.0, 0.0])(x, index), 1.0 * index)
 
 
+def test_scores_of_a_judge_in_half_precision_are_single():
+    x, index = normal(2, 4), torch.tensor([[0, 1], [2, 3]])
+    half = ClipScoreReward(lambda x: x.bfloat16(), normal(4, 4, seed=1).bfloat16())
+    assert half(x, index).dtype == torch.float32
+    torch.testing.assert_close(
+        half(x, index), ClipScoreReward(lambda x: x, normal(4, 4, seed=1))(x, index), atol=0.03, rtol=0
+    )
+
+
 def test_the_authors_weights():
     assert confidence_weights(["ViT-L/14@336px", "RN50x64", "ViT-L/14"]) == [0.56, 0.17, 0.28]
     assert confidence_weights(["ViT-B/16"]) == [1.0]
@@ -86,5 +95,11 @@ def test_bad_input_is_refused():
         RewardEnsemble([])
     with pytest.raises(InputError, match="one entry a reward, 1, got 2"):
         RewardEnsemble([ClipScoreReward(torch.tanh, torch.eye(2))], [1.0, 2.0])
+    with pytest.raises(InputError, match=r"weights\[0\] must lie in"):
+        RewardEnsemble([ClipScoreReward(torch.tanh, torch.eye(2))], [float("nan")])
+    with pytest.raises(InputError, match=r"names must be among ViT-L/14@336px, .*, got 'RN50'"):
+        confidence_weights(["ViT-L/14", "RN50"])
+    with pytest.raises(InputError, match="what encode returns must be a numeric tensor"):
+        ClipScoreReward(lambda x: object(), torch.eye(2))(normal(1, 2), torch.tensor([[0]]))
     with pytest.raises(InputError, match=r"same candidates, they know \[2, 3\]"):
         RewardEnsemble([ClipScoreReward(torch.tanh, torch.eye(n)) for n in (2, 3)])

@@ -416,6 +416,7 @@ def test_the_paper_s_settings():
         ({"selection": 0.0}, "selection must lie in"),
         ({"temperature": 0.0}, "temperature must lie in"),
         ({"momentum": 1.1}, "momentum must lie in"),
+        ({"prior": 16.0}, "a batch normalisation layer where prior is given, found none"),
         ({"update_every": 0, "momentum": 0.5}, "update_every must be at least 1"),
     ],
 )
@@ -433,11 +434,14 @@ def test_bad_settings_are_refused(settings, message):
         ({"reward": lambda x, index: x.flatten(1).sum(1)}, r"reward must return scores \(2, 5\), got \(2,\)"),
         ({"reward": ClipScoreReward(lambda x: x[:, 0, 0, :4], torch.eye(4))}, "policy's 5 classes, it knows 4"),
         ({"augment": None, "selection": 0.3}, r"int\(3 x 0.3\) leaves none"),
+        ({"augment": lambda x, g: x[:1]}, r"augment must keep the shape \(3, 3, 8, 8\), it gave \(1, 3, 8, 8\)"),
+        ({"teacher": lambda x: torch.ones(2, 4)}, r"teacher must return logits \(2, 5\), got \(2, 4\)"),
+        ({"reward": lambda x, index: "good"}, "the reward's scores must be"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_a_call(settings, message):
     x = toy_stream()[0][:2]
-    if "augment" in settings:
+    if settings.get("augment", True) is None:
         x = x[:, None].expand(-1, 3, -1, -1, -1)
     rlcf = small(**settings)
     with pytest.raises(InputError, match=message):

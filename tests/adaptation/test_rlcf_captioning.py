@@ -205,8 +205,11 @@ def test_clip_judges_captions_by_their_words():
     scores = reward(image, captions)
     cosines = (face.encode_text(retokenise(captions)) @ face.encode_image(image).T)[:, 0]
     torch.testing.assert_close(scores, 2.5 * cosines.detach().clamp_min(0))
+    seen = []
+    reward.encode_image = lambda image: seen.append(image) or face.encode_image(image)
     adapter = RLCFCaptioner(clipcap(), reward, **SHORT)
     assert adapter(small_clip.images(2)).shape[0] == 2
+    assert len(seen) == 2, "each image is encoded once, whatever the steps"
 
 
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.5, "update_every": 2}])

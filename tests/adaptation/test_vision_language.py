@@ -131,7 +131,13 @@ def test_embedding_a_gallery_leaves_the_model_alone():
 
 def test_a_model_in_half_precision_gives_features_in_single():
     face = VisionLanguage(small_clip.transformers_clip().to(torch.bfloat16))
-    assert face.encode_image(images(1).bfloat16()).dtype == torch.float32
+    features = face.encode_image(images(2).bfloat16())
+    assert features.dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float64):
+        gallery = features.detach().to(dtype)
+        torch.testing.assert_close(
+            ImageQueries(face, gallery)(images(1).bfloat16()), face.logits(features[:1], gallery.float())
+        )
 
 
 @pytest.mark.bad_input
@@ -151,3 +157,10 @@ def test_bad_input_is_refused():
         ImageQueries(face, torch.tensor([[1.0, 0.0], [float("nan"), 1.0]]))
     with pytest.raises(InputError, match="at least two rows"):
         TextQueries(face, torch.ones(1, 12))
+    with pytest.raises(InputError, match="gallery must have the width of the features, 12, got 5"):
+        ImageQueries(face, torch.ones(2, 5))(images(1))
+    for wrong in (tokens[0], tokens[:1], tokens.float()):
+        with pytest.raises(InputError, match=r"tokens must be integers \(c, t\), c >= 2"):
+            PromptedClasses(face, wrong)
+    with pytest.raises(InputError, match="start must be at least 0"):
+        PromptedClasses(face, tokens, start=-1)

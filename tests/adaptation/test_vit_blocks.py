@@ -91,6 +91,33 @@ def test_what_is_not_a_known_tower_is_refused():
 
 
 @pytest.mark.bad_input
+def test_other_towers_of_transformers_are_refused():
+    from transformers import BlipVisionConfig, BlipVisionModel, Siglip2VisionConfig, Siglip2VisionModel
+
+    sizes = {**vision_towers.SMALL, "num_hidden_layers": 1, "patch_size": 16}
+    blip = built(lambda: BlipVisionModel(BlipVisionConfig(image_size=32, **sizes)))
+    with pytest.raises(InputError, match="plain self-attention, found BlipAttention"):
+        take_apart(blip)
+    siglip2 = built(lambda: Siglip2VisionModel(Siglip2VisionConfig(num_patches=4, **sizes)))
+    with pytest.raises(InputError, match="cut images into patches itself, Siglip2VisionModel takes patches"):
+        take_apart(siglip2)
+
+
+@pytest.mark.bad_input
+@pytest.mark.vision
+def test_blocks_of_other_kinds_in_timm_s_place_are_refused():
+    from timm.models.beit import Beit
+    from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    post = built(lambda: VisionTransformer(block_fn=ResPostBlock, **sizes))
+    beit = built(lambda: Beit(**sizes))
+    for model in (post, beit):
+        with pytest.raises(InputError, match="pre-LN blocks with plain self-attention, found"):
+            take_apart(model)
+
+
+@pytest.mark.bad_input
 def test_a_classifier_of_one_class_or_without_scale_is_refused():
     tower = vision_towers.transformers_tower()
     with pytest.raises(InputError, match="class_features must have at least two rows, got 1"):

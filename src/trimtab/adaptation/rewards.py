@@ -58,7 +58,8 @@ class ClipScoreReward:
         size: int | None = None,
     ):
         self.encode = encode
-        self.gallery = F.normalize(checks.matrix(gallery, "gallery").detach(), dim=-1)
+        gallery = checks.matrix(gallery, "gallery").detach()
+        self.gallery = F.normalize(gallery.to(torch.promote_types(gallery.dtype, torch.float32)), dim=-1)
         self.weight = checks.number(weight, "weight", low=0.0, low_open=True)
         self.size = None if size is None else checks.integer(size, "size", low=1)
         self.classes = len(gallery)
@@ -77,7 +78,7 @@ class ClipScoreReward:
         """Unit features of the inputs."""
         if self.size is not None and inputs.shape[-2:] != (self.size, self.size):
             inputs = F.interpolate(inputs, size=(self.size, self.size), mode="bicubic", align_corners=True)
-        features = F.normalize(self.encode(inputs).to(self.gallery.dtype), dim=-1)
+        features = F.normalize(checks.tensor(self.encode(inputs), "what encode returns").to(self.gallery.dtype), dim=-1)
         if features.shape[-1] != self.gallery.shape[-1]:
             raise InputError(
                 f"gallery must have the width of the reward's features, {features.shape[-1]}, "
@@ -111,7 +112,8 @@ class RewardEnsemble:
         if len(known) > 1:
             raise InputError(f"rewards must know the same candidates, they know {sorted(known)}")
         self.rewards = list(rewards)
-        self.weights = [1 / len(rewards)] * len(rewards) if weights is None else list(weights)
+        given = [1 / len(rewards)] * len(rewards) if weights is None else weights
+        self.weights = [checks.number(weight, f"weights[{i}]") for i, weight in enumerate(given)]
         self.classes: int | None = known.pop() if known else None
 
     def __call__(self, inputs: Tensor, index: Int[Tensor, "b k"]) -> Float[Tensor, "b k"]:
@@ -127,10 +129,16 @@ class RewardEnsemble:
 def confidence_weights(names: Sequence[str]) -> list[float]:
     """The authors' weights for judges by these names: shares of `CONFIDENCES`, each rounded to two places.
 
+    Raises:
+        InputError: a name is not among them.
+
     Example:
         >>> confidence_weights(["ViT-L/14@336px", "RN50x64", "ViT-L/14"])
         [0.56, 0.17, 0.28]
     """
+    for name in names:
+        if name not in CONFIDENCES:
+            raise InputError(f"names must be among {', '.join(CONFIDENCES)}, got {name!r}")
     total = sum(CONFIDENCES[name] for name in names)
     return [round(CONFIDENCES[name] / total, 2) for name in names]
 

@@ -41,7 +41,7 @@ from trimtab.adaptation.views import confident, mean_entropy, resized_crops
 from trimtab.adaptation.vision_language import image_parameters, prompt_parameters, text_parameters
 from trimtab.core import checks, progress
 from trimtab.core.checks import InputError
-from trimtab.core.modules import all_parameters
+from trimtab.core.modules import BATCH_NORMS, all_parameters
 
 
 def adamw(lr: float) -> OptimizerFactory:
@@ -180,6 +180,8 @@ class RLCF(Adapter):
         self.__dict__.update(reward=reward, teacher=teacher)
         self.prior = None if prior is None else checks.number(prior, "prior", low=0.0)
         if prior is not None:
+            if not any(isinstance(module, BATCH_NORMS) for module in self.model.modules()):
+                raise InputError("model must have a batch normalisation layer where prior is given, found none")
             self.model = mix_statistics(self.model, 0.0, unbiased=True, follow=False)
         self._begin(parameters_of, optimizer)
         self._group = None
@@ -233,18 +235,24 @@ class RLCF(Adapter):
         def loss(logits: Tensor) -> Tensor:
             with torch.no_grad():
                 index = self._candidates(logits)
-                scores = checks.finite(score(index), "the reward's scores")
+                scores = checks.finite(checks.tensor(score(index), "the reward's scores"), "the reward's scores")
                 if scores.shape != index.shape:
                     raise InputError(f"reward must return scores {tuple(index.shape)}, got {tuple(scores.shape)}")
-                weights = self.advantages(scores.to(logits.dtype))
+                weights = self.advantages(scores.to(logits))
             return policy_gradient_loss(logits, index, weights)
 
         return loss
 
     def _distillation(self, teacher: Callable[[Tensor], Tensor], views: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():
-            target = checks.finite(teacher(views), "the teacher's logits")
-        return lambda logits: distillation_loss(logits, target.to(logits.dtype), self.temperature)
+            target = checks.logits(teacher(views), "the teacher's logits")
+
+        def loss(logits: Tensor) -> Tensor:
+            if target.shape != logits.shape:
+                raise InputError(f"teacher must return logits {tuple(logits.shape)}, got {tuple(target.shape)}")
+            return distillation_loss(logits, target.to(logits), self.temperature)
+
+        return loss
 
     def _candidates(self, logits: Tensor) -> Tensor:
         classes = logits.shape[1]
@@ -267,7 +275,10 @@ class RLCF(Adapter):
         if self.views == 1:
             return row[None]
         copies = row.expand(self.views - 1, *row.shape)
-        return torch.cat((row[None], self.augment(copies, self.generator)))
+        augmented = self.augment(copies, self.generator)
+        if augmented.shape != copies.shape:
+            raise InputError(f"augment must keep the shape {tuple(copies.shape)}, it gave {tuple(augmented.shape)}")
+        return torch.cat((row[None], augmented))
 
     def _plain(self, x: Inputs) -> Tensor:
         return self._tensor(x)[:, 0] if self.augment is None else self._tensor(x)

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trimtab.adaptation.base import Adapter, Choice, Inputs, OptimizerFactory
 from trimtab.adaptation.episodes import SlowStart
-from trimtab.adaptation.rewards import advantages
+from trimtab.adaptation.rewards import Scorer, advantages, bind
 from trimtab.core import checks, progress
 from trimtab.core.checks import InputError
 
@@ -65,11 +65,21 @@ class ClipCaptionReward:
         self.retokenise = retokenise
         self.weight = checks.number(weight, "weight", low=0.0, low_open=True)
 
-    @torch.no_grad()
     def __call__(self, image: Tensor, captions: Int[Tensor, "k t"]) -> Float[Tensor, " k"]:
         """Scores of the captions."""
-        texts = self.encode_text(self.retokenise(captions))
-        return self.weight * F.cosine_similarity(self.encode_image(image), texts, dim=-1).clamp_min(0)
+        return self.bind(image)(captions)
+
+    def bind(self, image: Tensor) -> Scorer:
+        """The scores of captions of this image, which is encoded here, once."""
+        with torch.no_grad():
+            seen = self.encode_image(image)
+
+        @torch.no_grad()
+        def score(captions: Tensor) -> Tensor:
+            said = self.encode_text(self.retokenise(captions))
+            return self.weight * F.cosine_similarity(seen, said, dim=-1).clamp_min(0)
+
+        return score
 
 
 class RLCFCaptioner(Adapter):
@@ -167,8 +177,10 @@ class RLCFCaptioner(Adapter):
         progress.in_time()
         assert self.optimizer is not None
         try:
+            with torch.no_grad():
+                score = bind(self.reward, image)
             for _ in range(self.tuning_steps):
-                self._descend(self._loss(image))
+                self._descend(self._loss(image, score))
             caption = self._search(image, self.beams, 1)[0]
             self.starts.absorb(self.moving)
         finally:
@@ -176,9 +188,10 @@ class RLCFCaptioner(Adapter):
             self.optimizer.state.clear()
         return caption
 
-    def _loss(self, image: Tensor) -> Tensor:
+    def _loss(self, image: Tensor, score: Scorer) -> Tensor:
         captions = self._search(image, self.k, self.k)
-        scores = checks.finite(self.reward(image, captions), "the reward's scores")
+        with torch.no_grad():
+            scores = checks.finite(checks.tensor(score(captions), "the reward's scores"), "the reward's scores")
         if scores.shape != (self.k,):
             raise InputError(f"reward must return one score a caption, ({self.k},), got {tuple(scores.shape)}")
         weights = advantages(scores[None], amplify=self.amplify)[0]

@@ -101,7 +101,9 @@ class VisionLanguage(nn.Module):
 
     def logits(self, queries: Float[Tensor, "n d"], gallery: Float[Tensor, "g d"]) -> Float[Tensor, "n g"]:
         """Scaled cosines of unit features, with the bias."""
-        return self.scale * queries @ gallery.T + self.bias
+        if queries.shape[1] != gallery.shape[1]:
+            raise InputError(f"gallery must have the width of the features, {queries.shape[1]}, got {gallery.shape[1]}")
+        return self.scale * queries @ gallery.to(queries.dtype).T + self.bias
 
     @property
     def token_embedding(self) -> nn.Embedding:
@@ -194,7 +196,8 @@ class PromptedClasses(nn.Module):
         context: its first value (k, w), from CoOp for instance; by default the embeddings of the tokens it replaces.
 
     Raises:
-        InputError: the texts differ within the context, or the context has another shape.
+        InputError: the tokens are no integers (c, t) of two classes or more, the texts differ within the context, or
+            the context has another shape.
     """
 
     tokens: Tensor
@@ -209,6 +212,9 @@ class PromptedClasses(nn.Module):
         context: Float[Tensor, "k w"] | None = None,
     ):
         super().__init__()
+        if tokens.ndim != 2 or tokens.is_floating_point() or len(tokens) < 2:
+            raise InputError(f"tokens must be integers (c, t), c >= 2, got {tokens.dtype} {tuple(tokens.shape)}")
+        checks.integer(start, "start", low=0)
         checks.integer(length, "length", low=1, high=tokens.shape[1] - start - 1)
         replaced = tokens[:, start : start + length]
         if context is None and bool((replaced != replaced[0]).any()):

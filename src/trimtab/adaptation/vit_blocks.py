@@ -158,8 +158,13 @@ def take_apart(model: nn.Module) -> VisionTransformer:
 
 
 def _transformers(tower: Any, projection: nn.Module | None) -> VisionTransformer:
+    if not isinstance(getattr(tower.embeddings, "patch_embedding", None), nn.Conv2d):
+        raise InputError(f"model must cut images into patches itself, {type(tower).__name__} takes patches")
+
     def block(layer: Any) -> Block:
         attention = layer.self_attn
+        if not hasattr(attention, "q_proj"):
+            raise InputError(f"model must have blocks with plain self-attention, found {type(attention).__name__}")
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         return Block(
             layer.layer_norm1,
@@ -223,7 +228,7 @@ def _openai(tower: Any) -> VisionTransformer:
 def _timm(trunk: Any, head: nn.Module) -> VisionTransformer:
     def block(layer: Any) -> Block:
         attention: Any = getattr(layer, "attn", None)
-        plain = hasattr(layer, "norm1") and hasattr(attention, "qkv") and getattr(attention, "gate", None) is None
+        plain = hasattr(layer, "ls1") and hasattr(attention, "qkv") and getattr(attention, "gate", None) is None
         if not plain or not all(isinstance(norm, nn.Identity) for norm in (attention.q_norm, attention.k_norm)):
             raise InputError(f"model must have pre-LN blocks with plain self-attention, found {type(layer).__name__}")
         norm = getattr(attention, "norm", nn.Identity())
@@ -236,6 +241,7 @@ def _timm(trunk: Any, head: nn.Module) -> VisionTransformer:
             lambda x: layer.ls2(layer.mlp(x)),
         )
 
+    blocks = tuple(map(block, trunk.blocks))
     pool = trunk.attn_pool
     probed = pool is not None and pool.latent_len == 1 and pool.pos_embed is None
     if trunk.num_prefix_tokens != (0 if probed else 1) or not (probed or trunk.global_pool == "token"):
@@ -248,7 +254,7 @@ def _timm(trunk: Any, head: nn.Module) -> VisionTransformer:
         probe = _probe(pool.q(pool.latent)[0, 0], pool.kv.weight.chunk(2)[0], pool.num_heads, trunk.norm)
     return VisionTransformer(
         lambda images: trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(images))),
-        tuple(map(block, trunk.blocks)),
+        blocks,
         trunk.embed_dim,
         lambda tokens: head(trunk.forward_head(trunk.norm(tokens))),
         probe,

@@ -187,7 +187,8 @@ def adapt(
     stream: Annotated[str, typer.Option("--stream", help="A shift of the setup, or test.")] = "test",
     out: Out = Path("out/adapt"),
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An argument of the adapter, as JSON.")
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="An argument of the adapter: JSON, or FILE.py:FUNCTION."),
     ] = None,
     guard: Annotated[
         str | None, typer.Option("--guard", help="On a collapse: reset, 'roll back' or warn. Not watched by default.")
@@ -205,6 +206,8 @@ def adapt(
     from trimtab.audit.legs import watching
 
     settings = dict(_setting(pair) for pair in set_ or [])
+    if (out / ".stream").is_dir() and not fresh:
+        typer.echo(f"trimtab: {out} holds an unfinished run; it goes on if nothing changed", err=True)
     shown = not quiet and form is Format.text
     with watching(f"{method} on {stream}", shown) as watch:
         jobs.adapt(
@@ -221,6 +224,8 @@ def adapt(
         )
     if form is Format.json:
         typer.echo((out / "stream.json").read_text(encoding="utf-8"), nl=False)
+    elif shown:
+        typer.echo(f"what it said: {out / 'predictions.parquet'}; where it stands: {out / 'adapter.safetensors'}")
 
 
 def _setting(pair: str) -> tuple[str, Any]:

@@ -1,7 +1,11 @@
 """An adapter along a stream of a setup: what is left, and what happens after a kill."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from trimtab.audit import Setup, adapt
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
 
+HERE = Path(__file__).parent
 X = torch.randn(70, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(70) % 3
 
@@ -33,6 +38,15 @@ def setup():
     return Setup(
         network(), calibration=calm, test=calm, shifts={"bright": loader(2 * X + 1, Y), "bare": list(X.split(8))}
     )
+
+
+class Slow(list):
+    """Batches that take their time."""
+
+    def __iter__(self):
+        for item in super().__iter__():
+            time.sleep(0.1)
+            yield item
 
 
 def plain(legs):
@@ -135,22 +149,55 @@ def test_preparation_and_guard(tmp_path):
     assert int(state["guard.batches"]) == 9
 
 
+def test_a_preparation_is_made_anew_for_every_run_but_one_that_goes_on(tmp_path):
+    def kill(legs):
+        if legs:
+            raise KeyboardInterrupt
+
+    made = tmp_path / "prepared.safetensors"
+    options = {"settings": {"k": 5}, "stream": "bright", "every": 3}
+    with pytest.raises(KeyboardInterrupt):
+        adapt(setup(), tmp_path, method="adanpc", watch=kill, **options)
+    first = made.stat().st_mtime_ns
+    adapt(setup(), tmp_path, method="adanpc", **options)
+    assert made.stat().st_mtime_ns == first
+    other = replace(setup(), calibration=loader(X[:40], Y[:40]))
+    adapt(other, tmp_path, method="adanpc", **options)
+    assert len(load_file(made)["features"]) == 40
+    adapt(other, tmp_path, method="cafa", stream="bright")
+
+
+def test_a_setting_may_name_a_function(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch.optim import SGD\n\ndef still(parameters):\n    return SGD(parameters, lr=0.0)\n"
+    )
+    settings = {"optimizer": f"{tmp_path}/mine.py:still"}
+    legs = adapt(setup(), tmp_path / "out", method="tent", stream="bright", settings=settings)
+    assert legs[-1].updates == 9
+    state = load_file(tmp_path / "out" / "adapter.safetensors")
+    assert torch.equal(state["model.1.weight"], network()[1].weight)
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"method": "tant"}, "method must be one of Source, .*Tent"),
         ({"stream": "night"}, "stream must be one of test, bright, bare, got 'night'"),
-        ({"settings": {"stepz": 1}}, "settings must be arguments of Tent: .*stepz"),
+        ({"settings": {"stepz": 1}}, "settings must be some of optimizer, .*steps, .* for Tent, got 'stepz'"),
+        ({"settings": {"optimizer": "sgd"}}, "settings must suit Tent: 'str' object is not callable"),
+        ({"settings": {"optimizer": "nowhere.py:sgd"}}, "nowhere.py: no such file"),
         ({"settings": {"steps": 0}}, "steps must be at least 1"),
         ({"every": 0}, "every must be at least 1"),
-        ({"guard": "panic"}, "action must be one of"),
-        ({"prepared": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"guard": "panic"}, "guard must be one of reset, roll back, warn, got 'panic'"),
+        ({"prepared": "nowhere.safetensors"}, "prepared must not be given to Tent, which needs none"),
+        ({"method": "eata", "prepared": "nowhere.safetensors"}, "nowhere.safetensors .* cannot be read"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         adapt(setup(), tmp_path, **{"method": "tent", "stream": "bright", **options})
+    assert not list(tmp_path.iterdir()), "what is refused leaves nothing"
 
 
 @pytest.mark.bad_input
@@ -177,6 +224,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "tent on bright" in shown
     assert "9 to 9" in shown
+    assert f"{tmp_path}/o/predictions.parquet" in shown
     with pytest.raises(SystemExit) as left:
         cli.main([*arguments, "--format", "json"])
     assert left.value.code == 0
@@ -185,3 +233,24 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         cli.main([*arguments, "--set", "steps"])
     assert left.value.code == 2
     assert "NAME=VALUE" in capsys.readouterr().err
+
+
+def test_killed_and_called_again_it_goes_on(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nfrom dataclasses import replace\nfrom test_adapt import Slow\n"
+        "from test_adapt import setup as calm\n\ndef setup():\n"
+        "    given = calm()\n    return replace(given, shifts={'slow': Slow(given.shifts['bright'])})\n"
+    )
+    command = [sys.executable, "-m", "trimtab", "adapt", f"{tmp_path}/mine.py:setup", "--method", "tent"]
+    command += ["--stream", "slow", "--every", "2", "-o", f"{tmp_path}/o"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob("o/.stream/state-*")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    assert not (tmp_path / "o" / "predictions.parquet").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "holds an unfinished run" in done.stderr
+    expected = run_stream(Tent(network()), setup().shifts["bright"])
+    assert torch.equal(Predictions.read(tmp_path / "o" / "predictions.parquet").logits, expected.logits)
+    assert not (tmp_path / "o" / ".stream").exists()

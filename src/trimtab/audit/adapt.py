@@ -10,14 +10,15 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 
 from trimtab.adaptation import ADAPTERS, Adapter, Guard, Prepared
-from trimtab.adaptation.base import entropy
+from trimtab.adaptation.base import Options, entropy
 from trimtab.adaptation.guard import Action
 from trimtab.adaptation.stream import Step, steps
 from trimtab.audit import setup as setups
@@ -85,7 +86,8 @@ def adapt(
             adapter needs a preparation and none is given.
         method: name of an adapter, whatever its case.
         stream: name of one of the setup's shifts, or ``"test"``.
-        settings: keyword arguments of the adapter.
+        settings: keyword arguments of the adapter; a function may be named as the setup function is, as in
+            ``{"optimizer": "mine.py:slow_sgd"}``.
         guard: watch for collapse, with this action; None does not.
         prepared: what the adapter's ``prepare`` left; made from the setup's `train` batches where it has them, else
             from its `calibration` batches, if the adapter cannot do without.
@@ -103,7 +105,6 @@ def adapt(
     setup = source if isinstance(source, Setup) else setups.load(source)
     spec = None if isinstance(source, Setup) else source
     out, loader, kind = Path(out), _stream(setup, stream), adapter_called(method)
-    adapter = _build(kind, setup, settings or {}, guard, Path(prepared) if prepared else None, out)
     identity = {
         "method": kind.__name__,
         "stream": stream,
@@ -114,6 +115,14 @@ def adapt(
         **marks(replace(setup, shifts={}, test=loader), spec),
     }
     kept = _Kept(out / ".stream", identity, fresh)
+    options = _options(kind, settings or {}, guard)
+    if prepared is not None or kind.preparation == "required":
+        options["prepared"] = _prepared(kind, setup, prepared, out / PREPARED, again=kept.goes_on)
+    try:
+        adapter = kind(setup.model, **options)
+    except TypeError as error:
+        raise InputError(f"settings must suit {kind.__name__}: {error}") from error
+    kept.open()
     legs = kept.restore(adapter)
     part: list[Step] = []
 
@@ -157,22 +166,31 @@ def _stream(setup: Setup, name: str) -> Any:
     return streams[name]
 
 
-def _build(
-    kind: type[Adapter], setup: Setup, settings: Mapping[str, Any], guard: str | None, path: Path | None, out: Path
-) -> Adapter:
-    options = dict(settings)
-    if path is None and kind.preparation == "required":
-        path = out / PREPARED
-        if not path.is_file():
-            kind.prepare(setup.model, setup.calibration if setup.train is None else setup.train).save(path)
-    if path is not None:
-        options["prepared"] = Prepared.load(path)
+def _options(kind: type[Adapter], settings: Mapping[str, Any], guard: str | None) -> dict[str, Any]:
+    """Keyword arguments for the adapter, those that it does not know refused."""
+    names = (*signature(kind).parameters, *Options.__annotations__)
+    known = [name for name in names if name not in ("model", "prepared", "guard", "inplace", "options")]
+    for name in settings:
+        if name not in known:
+            raise InputError(f"settings must be some of {', '.join(known)} for {kind.__name__}, got {name!r}")
+    options = {
+        name: setups.function(value) if isinstance(value, str) and ":" in value else value
+        for name, value in settings.items()
+    }
     if guard is not None:
-        options["guard"] = Guard(cast(Action, guard))
-    try:
-        return kind(setup.model, **options)
-    except TypeError as error:
-        raise InputError(f"settings must be arguments of {kind.__name__}: {error}") from error
+        options["guard"] = Guard(checks.one_of(guard, "guard", Action))
+    return options
+
+
+def _prepared(kind: type[Adapter], setup: Setup, given: str | Path | None, made: Path, *, again: bool) -> Prepared:
+    """What was prepared and given; else what an unfinished run had `made`; else a new one, kept there."""
+    if kind.preparation == "none":
+        raise InputError(f"prepared must not be given to {kind.__name__}, which needs none")
+    if given is not None:
+        return Prepared.load(given)
+    if not (again and made.is_file()):
+        kind.prepare(setup.model, setup.calibration if setup.train is None else setup.train).save(made)
+    return Prepared.load(made)
 
 
 def _leg(part: list[Step], adapter: Adapter) -> Leg:
@@ -195,11 +213,15 @@ class _Kept:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], fresh: bool):
         self.folder = folder
-        mark = json.loads(json.dumps(identity))
+        self.mark = json.loads(json.dumps(identity))
         known = folder / "identity.json"
-        if fresh or not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != mark:
-            shutil.rmtree(folder, ignore_errors=True)
-            persist.write_json(known, mark)
+        self.goes_on = not fresh and known.is_file() and json.loads(known.read_text(encoding="utf-8")) == self.mark
+
+    def open(self) -> None:
+        """Make room for this run, over whatever another one left."""
+        if not self.goes_on:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            persist.write_json(self.folder / "identity.json", self.mark)
 
     def restore(self, adapter: Adapter) -> list[Leg]:
         """The legs that are done, and `adapter` as it stood after them."""

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -79,6 +79,23 @@ def load(spec: str) -> Setup:
     Raises:
         InputError: the file or function is missing, it raised, or it did not return a `Setup`.
     """
+    try:
+        setup = function(spec)()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{spec} raised {told(error)}") from error
+    if not isinstance(setup, Setup):
+        raise InputError(f"{spec} must return a trimtab.audit.Setup, returned {type(setup).__name__}")
+    return setup
+
+
+def function(spec: str) -> Callable[..., Any]:
+    """The function named by ``path/to/file.py:function`` or ``package.module:function``.
+
+    Raises:
+        InputError: the file or function is missing.
+    """
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise InputError(f"{spec!r} must have the form file.py:function or package.module:function")
@@ -88,16 +105,10 @@ def load(spec: str) -> Setup:
         raise
     except Exception as error:
         raise InputError(f"{place} cannot be imported: {told(error)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
+    found = getattr(module, name, None)
+    if not callable(found):
         raise InputError(f"{place} has no function {name!r}")
-    try:
-        setup = function()
-    except Exception as error:
-        raise InputError(f"{spec} raised {told(error)}") from error
-    if not isinstance(setup, Setup):
-        raise InputError(f"{spec} must return a trimtab.audit.Setup, returned {type(setup).__name__}")
-    return setup
+    return found
 
 
 def told(error: Exception) -> str:

@@ -236,17 +236,18 @@ def test_the_step_is_the_gradient_of_the_paper_s_loss(form, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_distances_keep_their_precision_under_autocast(kind):
     """The model's own half precision is another matter: only what comes after it is compared."""
-    adapters = [cafa(covariance=kind, optimizer=partial(torch.optim.SGD, lr=1e-3)) for _ in range(2)]
+    adapters = [cafa(covariance=kind, optimizer=partial(torch.optim.SGD, lr=1.0)) for _ in range(2)]
     net = seeded_net()
     features = 30 + stream(shape=(10,))[0]
+    logits = net.fc(features)
     for adapter, half in zip(adapters, (False, True)):
         adapter.means += 30
-        adapter._with_features = lambda *_, a=adapter: (features * a.model.bn1.weight.mean(), net.fc(features))
+        adapter._with_features = lambda *_, a=adapter: (features * a.model.bn1.weight.mean(), logits)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             adapter(stream()[0])
-    moved = [adapter.model.bn1.weight.detach() for adapter in adapters]
-    assert not torch.equal(moved[0], seeded_net().bn1.weight)
-    torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-7)
+    steps = [adapter.model.bn1.weight.detach() - net.bn1.weight.detach() for adapter in adapters]
+    assert steps[0].abs().max() > 1e-4
+    torch.testing.assert_close(*steps, rtol=1e-3, atol=0)
 
 
 def test_it_pulls_to_the_predicted_class_and_away_from_the_others():

@@ -122,6 +122,20 @@ def test_only_sure_images_are_destroyed():
     assert (int(deyo.updates), int(deyo.skipped)) == (0, 0)
 
 
+def test_images_at_the_margin_are_left_out():
+    deyo = DeYO(seeded_net(), **{**OPEN, "plpd_margin": 0.0}, destroy=lambda images, generator: images)
+    deyo(stream()[0])
+    assert (int(deyo.reliable), int(deyo.selected)) == (12, 0)
+
+
+def test_the_default_reference_is_a_share_of_the_largest_entropy():
+    plain, known = DeYO(seeded_net(), **OPEN), DeYO(seeded_net(), e_reference=0.4 * math.log(5), **OPEN)
+    for deyo in (plain, known):
+        deyo(stream()[0])
+    assert all(torch.equal(moved, known.moving[name]) for name, moved in plain.moving.items())
+    assert not torch.equal(plain.model.bn1.weight, seeded_net().bn1.weight)
+
+
 def test_nothing_sure_nothing_destroyed():
     deyo = DeYO(seeded_net(), e_margin=1e-9)
     state = deyo.generator.get_state()

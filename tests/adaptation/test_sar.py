@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from torch import nn
 from toynet import Golden, built, golden_files, seeded_net, stream
 
-from trimtab.adaptation import CAFA, CoRe, DeYO
+from trimtab.adaptation import CAFA, CoRe, DeYO, Tent, unmix
 from trimtab.adaptation.base import entropy
 from trimtab.adaptation.lower_norms import lower_norm_parameters
 from trimtab.adaptation.sar import SAR
@@ -165,6 +165,18 @@ def test_legacy_recovery_keeps_momentum_and_the_low_average():
     sar.e_margin = 1e-9
     assert torch.equal(sar(x), first)
     assert int(sar.resets) == 2, "a batch that taught nothing is reset too"
+
+
+def test_layers_that_follow_the_stream_do_not_follow_the_second_pass():
+    x = stream()[0]
+    sar, tent = (
+        Method(unmix(seeded_net()), parameters_of=norm_parameters)
+        for Method in (partial(SAR, reset_constant=0.0, **OPEN), Tent)
+    )
+    assert torch.equal(sar(x), tent(x))
+    assert int(sar.updates) == 1
+    for name, value in sar.model.named_buffers():
+        assert torch.equal(value, tent.model.get_buffer(name)), name
 
 
 def test_zero_never_recovers_and_the_window_outlives_a_recovery():

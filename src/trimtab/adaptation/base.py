@@ -272,7 +272,8 @@ class Adapter(nn.Module):
         if loss is not None and not loss.requires_grad:
             raise InputError("model must let gradients flow from its output to the parameters that move, it does not")
         if loss is not None and sound:
-            torch.autograd.backward(loss)
+            with torch.autocast(loss.device.type, enabled=False):  # each operation goes back as precisely as it went
+                torch.autograd.backward(loss)
         learnt, parameters = loss is not None, list(self.moving.values())
         if self._group is not None:
             learnt, sound = processes.share_gradients(parameters, learnt, sound, self._group)

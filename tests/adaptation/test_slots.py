@@ -151,6 +151,17 @@ def test_the_order_of_tokens_does_not_matter():
     torch.testing.assert_close(attention(tokens[:, order]), attention(tokens))
 
 
+def test_residual_blocks_begin_without_a_say_of_their_inputs():
+    decoder = built(lambda: slot_autoencoder(2, 4, layers=1)).decoder
+    slots = torch.rand(1, 2, 4, generator=torch.Generator().manual_seed(0))
+    before = decoder.at(slots, torch.rand(1, 5, 2, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        for inner in decoder.inner:
+            inner.weight *= -3
+    after = decoder.at(slots, torch.rand(1, 5, 2, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(before, after)
+
+
 def test_an_elongated_picture_is_scaled_by_each_side():
     model = built(lambda: slot_autoencoder(2, 4, layers=1))
     slots = torch.rand(1, 2, 4, generator=torch.Generator().manual_seed(0))

@@ -28,6 +28,8 @@ def test_views_are_drawn_only_where_they_are_used():
     target, _ = anchored_target(lambda x: x, lambda x: 2 * x, x, views(), confidence=confidence + 1e-4)
     assert torch.equal(target, 2 * x + torch.tensor([4.0, 0.0]))
     assert drawn == [1.0, 3.0]
+    even = torch.zeros(2, 2)
+    assert torch.equal(anchored_target(lambda x: x, lambda x: x + 1, even, [x], confidence=0.5)[0], even + 1)
 
 
 def test_the_symmetric_loss_is_symmetric_and_least_at_the_target_s_entropy():

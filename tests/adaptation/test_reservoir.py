@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from toynet import golden_files
 
 from trimtab.adaptation.base import entropy
@@ -51,6 +53,26 @@ def test_the_authors_reservoir(path):
         if place := re.fullmatch(r"res_(\d+)_(\d+)_entropy", name):
             held = reservoir.entropies[int(place[1]), int(place[2])]
             np.testing.assert_allclose(held, float(values[0]), **close)
+
+
+@given(seed=st.integers(0, 1000), size=st.integers(1, 4))
+def test_the_most_uncertain_and_most_alike_leaves(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    reservoir, held = ReservoirCache(1, 2, 3, size=size, dtype=torch.float64), []
+    for _ in range(12):
+        tokens = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+        held.append((torch.rand((), generator=generator, dtype=torch.float64), tokens))
+        reservoir.update(0, *held[-1])
+        if len(held) > size:
+            means = [tokens.mean(0) for _, tokens in held]
+            alike = [
+                sum(float(torch.cosine_similarity(mine, other, 0)) for j, other in enumerate(means) if j != i) / size
+                for i, mine in enumerate(means)
+            ]
+            scores = [float(h) + likeness for (h, _), likeness in zip(held, alike)]
+            held.pop(scores.index(max(scores)))
+        held.sort(key=lambda item: float(item[0]))
+        torch.testing.assert_close(reservoir.tokens[0, : len(held)], torch.stack([tokens for _, tokens in held]))
 
 
 def test_anchors_by_policy():

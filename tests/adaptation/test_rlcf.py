@@ -15,6 +15,7 @@ from toynet import GOLDEN, built, seeded_net
 from toynet import stream as toy_stream
 
 from trimtab.adaptation import RLCF
+from trimtab.adaptation.batch_stats import MixedBatchNorm
 from trimtab.adaptation.rewards import ClipScoreReward, RewardEnsemble, advantages
 from trimtab.adaptation.rlcf import (
     ENCODER,
@@ -157,6 +158,13 @@ def test_each_input_is_tuned_alone_and_forgotten():
     assert counters == (4, 12, 0, 4)
 
 
+def test_no_input_inherits_the_optimizer_s_memory():
+    x = toy_stream()[0][:1].expand(3, -1, -1, -1)
+    outputs = small(views=1, selection=1.0, optimizer=adamw(0.05))(x)
+    assert torch.equal(outputs[1], outputs[0])
+    assert torch.equal(outputs[2], outputs[0])
+
+
 def test_the_loss_is_reinforce_over_the_best_guesses():
     x = toy_stream()[0][:1]
     net = seeded_net(norm="group")
@@ -243,6 +251,15 @@ def test_mixed_statistics_while_tuning_only():
     plain = RLCF(net, class_reward, k=5, views=4, selection=1.0, optimizer=FAST)
     still = RLCF(net, class_reward, k=5, views=4, selection=1.0, optimizer=partial(FAST, lr=0.0), prior=16.0)
     assert not torch.allclose(source(x), plain(x))
+    seen = []
+
+    def reward(x, index):
+        seen.append({layer.alpha for layer in source.model.modules() if isinstance(layer, MixedBatchNorm)})
+        return class_reward(x, index)
+
+    source.reward = reward
+    source(x[:1])
+    assert seen == [{1 / 17}] * 3
     torch.testing.assert_close(still(x), net(x).detach())
 
 

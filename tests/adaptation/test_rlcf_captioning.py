@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from toynet import built
 
+from trimtab.adaptation import rlcf_captioning
 from trimtab.adaptation.clipcap import ClipCap
+from trimtab.adaptation.rewards import advantages
 from trimtab.adaptation.rlcf_captioning import ClipCaptionReward, RLCFCaptioner, caption_logits, caption_loss
 from trimtab.adaptation.vision_language import VisionLanguage
 from trimtab.core.checks import InputError
@@ -188,6 +190,20 @@ def test_the_whole_rule_by_hand():
     adapter(image)
     for p, q in zip(adapter.model.projector.parameters(), expected.projector.parameters()):
         torch.testing.assert_close(p, q)
+
+
+def test_searches_and_what_is_left_of_an_image(monkeypatch):
+    widths, amplified = [], []
+    adapter = RLCFCaptioner(clipcap(), likes(9), **SHORT, amplify=True)
+    generate = adapter.model.generate
+    monkeypatch.setattr(adapter.model, "generate", lambda **s: widths.append(s["num_beams"]) or generate(**s))
+    monkeypatch.setattr(
+        rlcf_captioning, "advantages", lambda scores, amplify: amplified.append(amplify) or advantages(scores)
+    )
+    adapter(small_clip.images(1))
+    assert widths == [3, 3, 2]
+    assert amplified == [True, True]
+    assert not adapter.optimizer.state
 
 
 def test_clip_judges_captions_by_their_words():

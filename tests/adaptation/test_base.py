@@ -129,6 +129,18 @@ def test_saved_in_the_middle_it_goes_on_bit_by_bit(build, cut):
 
 
 @every
+def test_a_state_that_was_loaded_is_a_copy(build):
+    xs = stream()
+    adapter, other = build(seeded_net()), build(seeded_net())
+    adapter(xs[0])
+    other.load_state_dict(adapter.state_dict())
+    before = everything(adapter)
+    for x in xs[1:]:
+        other(x)
+    assert same(everything(adapter), before)
+
+
+@every
 def test_state_survives_a_weights_only_file(build):
     adapter = build(seeded_net())
     adapter(stream()[0])

@@ -33,7 +33,7 @@ class ChangedLinear(nn.Linear):
     def __init__(self, layer: nn.Linear):
         nn.Module.__init__(self)
         if not isinstance(layer.weight, nn.Parameter) or not _is_linear(layer):
-            raise InputError(f"model must have a plain nn.Linear as its head, {layer} computes something else")
+            raise InputError(f"model must have a plain nn.Linear as its head, {type(layer).__name__} is none")
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
         self.change: Change | None = None

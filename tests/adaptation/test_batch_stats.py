@@ -56,3 +56,29 @@ def test_source_statistics_return_every_layer_to_its_own_mode():
     with source_statistics(net):
         assert [layer.training for layer in net] == [False, False, True]
     assert [layer.training for layer in net] == [True, False, True]
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (5, 3, 4), (4, 3, 2, 3)])
+@pytest.mark.parametrize(("affine", "unbiased", "alpha"), [(True, True, 0.3), (False, True, 1.0), (True, False, 0.0)])
+def test_the_gradient_is_that_of_the_formula(shape, affine, unbiased, alpha):
+    generator = torch.Generator().manual_seed(0)
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)]
+    layer = kind(3, affine=affine, dtype=torch.float64)
+    for statistic in (layer.running_mean, layer.running_var):
+        statistic.copy_(torch.rand(3, generator=generator) + 0.5)
+    mixed = MixedBatchNorm(layer, alpha, unbiased=unbiased).eval()
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def formula(x):
+        over = [axis for axis in range(x.ndim) if axis != 1]
+        mean = (1 - alpha) * layer.running_mean + alpha * x.mean(over)
+        var = (1 - alpha) * layer.running_var + alpha * x.var(over, correction=int(unbiased))
+        by_channel = (-1, *(1,) * (x.ndim - 2))
+        y = (x - mean.view(by_channel)) / (var + layer.eps).sqrt().view(by_channel)
+        return y * layer.weight.view(by_channel) + layer.bias.view(by_channel) if affine else y
+
+    torch.testing.assert_close(mixed(x), formula(x))
+    moving = [x, *mixed.parameters()]
+    ours, theirs = (torch.autograd.grad(f(x).sin().sum(), moving) for f in (mixed, formula))
+    torch.testing.assert_close(ours, theirs)
+    assert torch.autograd.gradcheck(mixed, (x,))

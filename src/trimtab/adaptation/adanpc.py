@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from trimtab.adaptation.base import ADAM, Adapter, Inputs, OptimizerFactory, Options, entropy
 from trimtab.adaptation.neighbours import Confidence, NonParametricClassifier, normalised
-from trimtab.adaptation.prepared import Prepared
+from trimtab.adaptation.prepared import Prepared, check_prepared
 from trimtab.core import modules
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
@@ -99,7 +99,7 @@ class AdaNPC(Adapter):
         head: str | None = None,
         **options: Unpack[Options],
     ):
-        prepared.check("AdaNPC", model)
+        check_prepared(prepared, "AdaNPC", model)
         super().__init__(model, **options)
         self.head = head
         self.classifier = NonParametricClassifier(

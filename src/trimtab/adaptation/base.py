@@ -88,8 +88,8 @@ class Adapter(nn.Module):
     """
 
     outputs: ClassVar[Literal["logits", "probabilities"]] = "logits"
-    forwards: ClassVar[float] = 1
-    backwards: ClassVar[float] = 0
+    forwards: float = 1
+    backwards: float = 0
     dense: ClassVar[bool] = False
     preparation: ClassVar[Literal["none", "optional", "required"]] = "none"
     samples: Tensor
@@ -381,7 +381,7 @@ def rows(logits: Float[Tensor, "n c *rest"]) -> Float[Tensor, "m c"]:
 
 def entropy(logits: Float[Tensor, "n c *rest"]) -> Float[Tensor, "n *rest"]:
     """Shannon entropy of softmax(logits) in nats, prediction by prediction."""
-    log_probs = logits.log_softmax(1)
+    log_probs = logits.log_softmax(1).clamp_min(torch.finfo(logits.dtype).min)  # -inf for a class that is masked
     return -(log_probs.exp() * log_probs).sum(1)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trimtab.core import checks
@@ -123,16 +125,63 @@ class MixedBatchNorm(BatchNormStandIn):
             raise InputError(
                 f"x must hold more than one value a channel for an unbiased variance, got {tuple(x.shape)}"
             )
-        over = [axis for axis in range(x.ndim) if axis != 1]
         values = x.to(torch.promote_types(self.source_mean.dtype, torch.float32))
-        seen = values.detach() if self.detach else values
-        batch_mean = seen.mean(over)
-        batch_var = squares(seen, batch_mean).sum(0) / (x.numel() // x.shape[1] - int(self.unbiased))
-        mean = (1 - self.alpha) * self.source_mean + self.alpha * batch_mean
-        var = (1 - self.alpha) * self.source_var + self.alpha * batch_var
+        free = x.numel() // x.shape[1] - int(self.unbiased)
+        with torch.no_grad():
+            batch_mean = values.mean([axis for axis in range(x.ndim) if axis != 1])
+            batch_var = squares(values, batch_mean).sum(0) / free
+            mean = (1 - self.alpha) * self.source_mean + self.alpha * batch_mean
+            var = (1 - self.alpha) * self.source_var + self.alpha * batch_var
         if self.follow:
-            self.source_mean, self.source_var = mean.detach(), var.detach()
-        return self._normalise(values, mean, var).to(x.dtype)
+            self.source_mean, self.source_var = mean, var
+        learnt = any(tensor is not None and tensor.requires_grad for tensor in (values, self.weight, self.bias))
+        if self.detach or not (learnt and torch.is_grad_enabled()):
+            return self._normalise(values, mean, var).to(x.dtype)
+        weight = torch.ones_like(mean) if self.weight is None else self.weight
+        bias = torch.zeros_like(mean) if self.bias is None else self.bias
+        apply: Callable[..., Tensor] = _ByMixture.apply
+        return apply(values, weight, bias, mean, var, batch_mean, self.alpha, free, self.eps).to(x.dtype)
+
+
+class _ByMixture(torch.autograd.Function):
+    """Normalisation by given statistics, of which the batch has the share alpha, with the gradient through that share.
+
+    Autograd's own gradient of the same formula takes three times as long.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        batch_mean: Tensor,
+        alpha: float,
+        free: int,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, var, batch_mean)
+        ctx.settings = alpha, free, eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, batch_mean = ctx.saved_tensors
+        alpha, free, eps = ctx.settings
+        scale = (var + eps).rsqrt()
+        by_weight = torch.ops.aten.native_batch_norm_backward
+        grad_x, grad_weight, grad_bias = by_weight(
+            grad, x, weight, mean, var, mean, scale, False, eps, (True, True, True)
+        )
+        # d mean / d x = alpha / n, d var / d x = 2 alpha (x - batch mean) / free
+        by_channel = (-1, *(1,) * (x.ndim - 2))
+        slope = -alpha / free * grad_weight * weight * scale.square()
+        level = -alpha * x.shape[1] / x.numel() * grad_bias * weight * scale - slope * batch_mean
+        grad_x.addcmul_(x, slope.view(by_channel)).add_(level.view(by_channel))
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def squares(x: Float[Tensor, "n c *rest"], mean: Tensor) -> Float[Tensor, "n c"]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options
 from trimtab.adaptation.batch_stats import use_batch_statistics
-from trimtab.adaptation.prepared import Prepared
+from trimtab.adaptation.prepared import Prepared, check_prepared
 from trimtab.core import checks, modules
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
@@ -89,7 +89,7 @@ class CAFA(Adapter):
         **options: Unpack[Options],
     ):
         super().__init__(model, **options)
-        prepared.check("CAFA", self.model)
+        check_prepared(prepared, "CAFA", self.model)
         self.form: Form = checks.one_of(form, "form", Form)
         self.head = head
         layer = modules.head(self.model, head)

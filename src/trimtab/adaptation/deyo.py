@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,8 @@ class DeYO(Adapter):
         Lee et al., ICLR 2024, https://arxiv.org/abs/2403.07366
     """
 
-    forwards: ClassVar[float] = 2
-    backwards: ClassVar[float] = 1
+    forwards = 2
+    backwards = 1
     generator: torch.Generator
     reliable: Tensor
     selected: Tensor

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options, entropy
 from trimtab.adaptation.batch_stats import use_batch_statistics
-from trimtab.adaptation.prepared import Prepared
+from trimtab.adaptation.prepared import Prepared, check_prepared
 from trimtab.adaptation.state import Tensors
 from trimtab.core import checks, modules, progress
 from trimtab.core.checks import InputError
@@ -101,7 +101,7 @@ class EATA(Adapter):
         **options: Unpack[Options],
     ):
         if prepared is not None:
-            prepared.check("EATA", model)
+            check_prepared(prepared, "EATA", model)
         super().__init__(model, **options)
         self.fisher_weight = checks.number(fisher_weight, "fisher_weight", low=0.0)
         self.e_margin = None if e_margin is None else checks.number(e_margin, "e_margin", low=0.0, low_open=True)

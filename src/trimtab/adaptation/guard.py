@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,27 @@ from trimtab.core.checks import InputError
 from trimtab.core.modules import held
 from trimtab.core.predictions import logits_of
 
-if TYPE_CHECKING:
-    from trimtab.adaptation.base import Adapter
-
 Action = Literal["reset", "roll back", "warn"]
 _COUNTERS = ("samples", "updates", "skipped", "resets", "singles", "recent")
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """What a guard must know of an adapter."""
+
+    samples: Tensor
+
+    def summed(self, counts: Tensor) -> Tensor:
+        """The counts of all processes of the stream."""
+
+    def reset(self) -> None:
+        """Return to the source."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that it remembers."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Go on from there."""
 
 
 class Guard(nn.Module):
@@ -100,7 +116,7 @@ class Guard(nn.Module):
         self.source = deepcopy(model).eval().requires_grad_(False)
         return self
 
-    def look(self, adapter: Adapter, x: Any, outputs: Tensor) -> None:
+    def look(self, adapter: Watched, x: Any, outputs: Tensor) -> None:
         """Compare what `adapter` said about the batch with the source model, and act on a collapse."""
         self.batches += 1
         if int(self.batches) % self.every:
@@ -140,7 +156,7 @@ class Guard(nn.Module):
         chance = float(self.ours @ self.theirs) / total**2
         return (observed - chance) / (1 - chance) if chance < 1 else 1.0
 
-    def _count(self, adapter: Adapter, ours: Tensor, theirs: Tensor, classes: int) -> None:
+    def _count(self, adapter: Watched, ours: Tensor, theirs: Tensor, classes: int) -> None:
         ours_, theirs_ = torch.bincount(ours, minlength=classes), torch.bincount(theirs, minlength=classes)
         counts = torch.cat((ours_, theirs_, (ours == theirs).sum()[None])).to(self.agreed.device, torch.float64)
         counts = adapter.summed(counts)
@@ -152,7 +168,7 @@ class Guard(nn.Module):
         self.agreed = fade * self.agreed + counts[-1]
         self.fresh = self.fresh + counts[:classes].sum()
 
-    def _take_back(self, adapter: Adapter) -> str:
+    def _take_back(self, adapter: Watched) -> str:
         if self.action == "warn":
             return "it goes on"
         if self.action == "reset" or len(self.kept) < 2:
@@ -164,7 +180,7 @@ class Guard(nn.Module):
         self.rollbacks += 1
         return "it was rolled back to an earlier state"
 
-    def _keep(self, adapter: Adapter) -> None:
+    def _keep(self, adapter: Watched) -> None:
         """Remember a healthy state and the one before it, two memories apart: a collapse is seen no later than that."""
         if self.kept and float(self.fresh) < 2 * self.memory:
             return

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from trimtab.adaptation.base import Adapter, Choice, Inputs, OptimizerFactory, Options
 from trimtab.adaptation.itta_training import Elementwise, ITTATrainer
 from trimtab.adaptation.mixstyle import Style, StyleDraw, draw_style, in_two_styles
-from trimtab.adaptation.prepared import Prepared
+from trimtab.adaptation.prepared import Prepared, check_prepared
 from trimtab.core import checks, modules, progress
 from trimtab.core.checks import InputError
 
@@ -110,7 +110,7 @@ class ITTA(Adapter):
         generator: torch.Generator | None = None,
         **options: Unpack[Options],
     ):
-        prepared.check("ITTA", model)
+        check_prepared(prepared, "ITTA", model)
         super().__init__(model, **options)
         self.model.load_state_dict(_under("network", prepared))
         if self.guard is not None and self.guard.source is not None:

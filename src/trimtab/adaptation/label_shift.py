@@ -35,7 +35,7 @@ from trimtab.adaptation.base import Adapter, Inputs, Options
 from trimtab.adaptation.batch_stats import use_batch_statistics
 from trimtab.adaptation.changed_linear import Change, ChangedLinear
 from trimtab.adaptation.label_shift_training import log_ratio, source_mix, train, trained_change
-from trimtab.adaptation.prepared import Prepared
+from trimtab.adaptation.prepared import Prepared, check_prepared
 from trimtab.adaptation.state import Tensors
 from trimtab.core import checks, modules
 from trimtab.core.checks import InputError
@@ -111,7 +111,7 @@ class LabelShiftAdapter(Adapter):
         **options: Unpack[Options],
     ):
         super().__init__(model, **options)
-        prepared.check("LabelShiftAdapter", self.model)
+        check_prepared(prepared, "LabelShiftAdapter", self.model)
         layer = modules.head(self.model, head)
         c, d = layer.out_features, layer.in_features
         if len(prepared["prior"]) != c or len(prepared.get("output.bias", ())) not in (0, c * d + c + 2 * d):
@@ -132,6 +132,7 @@ class LabelShiftAdapter(Adapter):
         if not isinstance(inside, Adapter):
             raise InputError(f"host must give an Adapter, it gave {type(inside).__name__}")
         inside._group, self._rows_interact = self._group, inside._rows_interact
+        self.forwards, self.backwards = inside.forwards, inside.backwards
         self.model = inside
 
     @property

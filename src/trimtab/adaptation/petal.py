@@ -40,7 +40,7 @@ from trimtab.adaptation import state
 from trimtab.adaptation.augment import check_first, strong_augment
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options, follow
 from trimtab.adaptation.batch_stats import use_batch_statistics
-from trimtab.adaptation.prepared import Prepared
+from trimtab.adaptation.prepared import Prepared, check_prepared
 from trimtab.adaptation.swag import fit_posterior
 from trimtab.adaptation.teacher import (
     RestoreMask,
@@ -128,7 +128,7 @@ class PETAL(Adapter):
         **options: Unpack[Options],
     ):
         super().__init__(model, **options)
-        mean, variance = _posterior(prepared.check("PETAL", self.model), self.model)
+        mean, variance = _posterior(check_prepared(prepared, "PETAL", self.model), self.model)
         self.variant: Variant = checks.one_of(variant, "variant", Variant)
         usual = 0.03 if variant == "fim" else 0.01
         restore = usual if restore is None else restore

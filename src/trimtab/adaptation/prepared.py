@@ -109,6 +109,13 @@ class Prepared(Mapping[str, Tensor]):
         return self
 
 
+def check_prepared(prepared: Prepared, method: str, model: nn.Module) -> Prepared:
+    """`prepared`, if it is what `method` prepared for `model`; see `Prepared.check`."""
+    if not isinstance(prepared, Prepared):
+        raise InputError(f"prepared must be what {method}.prepare returned, got {type(prepared).__name__}")
+    return prepared.check(method, model)
+
+
 def _signature(model: nn.Module) -> dict[str, tuple[tuple[int, ...], float, float]]:
     """Shape, Euclidean norm and a projection of every floating-point parameter and buffer."""
     signature = {}

@@ -38,7 +38,7 @@ from trimtab.adaptation.augment import check_first, strong_augment
 from trimtab.adaptation.base import ADAM, Adapter, Choice, Inputs, OptimizerFactory, Options, follow
 from trimtab.adaptation.batch_stats import use_batch_statistics
 from trimtab.adaptation.objectives import symmetric_cross_entropy, view_contrast
-from trimtab.adaptation.prepared import Prepared
+from trimtab.adaptation.prepared import Prepared, check_prepared
 from trimtab.adaptation.replay import Replay
 from trimtab.adaptation.teacher import weights_and_biases
 from trimtab.adaptation.warm_up import class_means, warmed_up
@@ -130,7 +130,7 @@ class RMT(Adapter):
         train_mode: bool = False,
         **options: Unpack[Options],
     ):
-        prepared.check("RMT", model)
+        check_prepared(prepared, "RMT", model)
         super().__init__(model, **options)
         self.source_weight = checks.number(source_weight, "source_weight", low=0.0)
         self.training_weight = checks.number(training_weight, "training_weight", low=0.0)

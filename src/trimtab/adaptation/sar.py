@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,8 @@ class SAR(Adapter):
         Niu et al., ICLR 2023, https://arxiv.org/abs/2302.12400
     """
 
-    forwards: ClassVar[float] = 2
-    backwards: ClassVar[float] = 2
+    forwards = 2
+    backwards = 2
     reliable: Tensor
     mean_loss: Tensor
 

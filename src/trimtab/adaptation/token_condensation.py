@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import ClassVar, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,7 @@ class TokenCondensation(Adapter):
         Wang et al., ICCV 2025, https://arxiv.org/abs/2410.14729
     """
 
-    forwards: ClassVar[float] = 1
+    forwards = 1
     generator: torch.Generator
 
     def __init__(

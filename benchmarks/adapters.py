@@ -10,7 +10,7 @@ names, Fashion-MNIST takes the place of CIFAR-10, with a network that is trained
 
 Everything runs with its defaults, but for two things: learning rates are those of batches of 200 and are scaled by the
 size of the batch; what must be known of the source comes from 2 000 training images (ITTA trains on them, for 300
-steps). One file an adapter is rewritten after every cell, so that a run that was killed goes on.
+steps of 32). One file an adapter is rewritten after every cell, so that a run that was killed goes on.
 
     python -m benchmarks.adapters [--parts A B C] [--adapters NAME ...] [--seeds 0 1 2] [--minutes M] [--write FOLDER]
 """
@@ -92,12 +92,12 @@ def test_images(world: str) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def source(world: str) -> list[tuple[Tensor, Tensor]]:
-    """Labelled training images, in batches of 200."""
+def source(world: str, batch: int = 200) -> list[tuple[Tensor, Tensor]]:
+    """Labelled training images, in batches."""
     data = parquet_images(data_folder() / "cifar10", "train") if world == "cifar10" else fashion_mnist("train")
     chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[:SOURCE]
     images = torch.as_tensor(data.images)[chosen].float() / 255
-    return list(zip(images.split(200), data.labels[chosen].split(200)))
+    return list(zip(images.split(batch), data.labels[chosen].split(batch)))
 
 
 @cache
@@ -181,7 +181,7 @@ def prepared(world: str, name: str, kind: Any) -> dict[str, Prepared]:
     path = Path("out/prepared") / f"{world}-{name}-{kind.__name__}.safetensors"
     if not path.is_file():
         more = {"blocks": BLOCKS.get(name, ("layer1", "layer2", "layer3")), "steps": 300} if kind is ITTA else {}
-        kind.prepare(network(name), source(world), **more).save(path)
+        kind.prepare(network(name), source(world, 32 if kind is ITTA else 200), **more).save(path)
     return {"prepared": Prepared.load(path)}
 
 

@@ -106,7 +106,7 @@ def test_a_check_that_says_no_leaves_with_one(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "eeta"], "trimtab: no method is called 'eeta': did you mean eta or eata?\n"),
+        (["show", "eeta"], "trimtab: no method is called 'eeta': did you mean eta or eata or petal?\n"),
         (["show", "zzz"], "trimtab: no method is called 'zzz': `trimtab list` shows what there is\n"),
         (["claims", "run", "zzz"], "trimtab: no method is called 'zzz': `trimtab list` shows what there is\n"),
         (["show"], "`trimtab show --help` says more"),

@@ -83,7 +83,7 @@ def adapt(
         source: a setup function as ``file.py:function`` or ``package.module:function``, or a `Setup`.
         out: folder for ``predictions.parquet`` (as `Predictions.read` reads it), ``adapter.safetensors`` (the state to
             go on from), ``stream.json`` (the legs, settings and versions), and ``prepared.safetensors`` where the
-            adapter needs a preparation and none is given.
+            adapter takes a preparation and none is given.
         method: name of an adapter, whatever its case.
         stream: name of one of the setup's shifts, or ``"test"``.
         settings: keyword arguments of the adapter; a function may be named as the setup function is, as in
@@ -116,7 +116,7 @@ def adapt(
     }
     kept = _Kept(out / ".stream", identity, fresh)
     options = _options(kind, settings or {}, guard)
-    if prepared is not None or kind.preparation == "required":
+    if prepared is not None or kind.preparation != "none":
         options["prepared"] = _prepared(kind, setup, prepared, out / PREPARED, again=kept.goes_on)
     try:
         adapter = kind(setup.model, **options)

@@ -44,16 +44,19 @@ class Pair:
 def cell(setup: Setup, pair: Pair, settings: Settings) -> ShiftCell:
     """Run one adapter, with its own defaults, over one stream and measure what it said.
 
-    An adapter that refuses the model (no normalisation layer, say) leaves a cell that holds its words.
+    An adapter that refuses the model (no normalisation layer, say), or fails on it, leaves a cell that holds the words.
     """
     stream = setup.test if pair.shift == NONE else setup.shifts[pair.shift]
     try:
         adapter = _built(setup, pair)
         start = time.perf_counter()
         predictions = run_stream(adapter, stream)
-    except InputError as error:
+    except OutOfTime:
+        raise
+    except Exception as error:
         nothing: Triple = (float("nan"), float("nan"), float("nan"))
-        return ShiftCell(pair.shift, pair.adapter, 0, nothing, nothing, nothing, 0.0, failed=str(error))
+        words = str(error) if isinstance(error, InputError) else setups.told(error)
+        return ShiftCell(pair.shift, pair.adapter, 0, nothing, nothing, nothing, 0.0, failed=words)
     seconds = time.perf_counter() - start
     headline = settings.essentials(predictions)
     accuracy, ece, log_loss = (triple(headline[name]) for name in ("accuracy", "ece", "log_loss"))

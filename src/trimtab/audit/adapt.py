@@ -90,7 +90,7 @@ def adapt(
             ``{"optimizer": "mine.py:slow_sgd"}``.
         guard: watch for collapse, with this action; None does not.
         prepared: what the adapter's ``prepare`` left; made from the setup's `train` batches where it has them, else
-            from its `calibration` batches, if the adapter cannot do without.
+            from its `calibration` batches, if the adapter takes any.
         every: batches a leg, >= 1; a run that is killed loses one leg at most.
         fresh: forget what an unfinished run left.
         watch: called after every leg with all legs so far.

@@ -185,13 +185,21 @@ def adapt(
     source: Annotated[str, typer.Argument(help="FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION that returns a Setup.")],
     method: Annotated[str, typer.Option("--method", help="An adapter, such as sar.")],
     stream: Annotated[str, typer.Option("--stream", help="A shift of the setup, or test.")] = "test",
-    out: Out = Path("out/adapt"),
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder to write to; by default out/adapt/STREAM-METHOD.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="An argument of the adapter: JSON, or FILE.py:FUNCTION."),
     ] = None,
     guard: Annotated[
         str | None, typer.Option("--guard", help="On a collapse: reset, 'roll back' or warn. Not watched by default.")
+    ] = None,
+    guard_memory: Annotated[
+        int | None, typer.Option("--guard-memory", min=2, help="How many inputs the guard's judgement reaches back.")
+    ] = None,
+    guard_every: Annotated[
+        int | None, typer.Option("--guard-every", min=1, help="Look at every so-many-th batch.")
     ] = None,
     prepared: Annotated[
         Path | None, typer.Option("--prepared", help="What the adapter's prepare left; made anew where it is needed.")
@@ -206,10 +214,21 @@ def adapt(
     from trimtab.audit.legs import watching
 
     settings = dict(_setting(pair) for pair in set_ or [])
-    if (out / ".stream").is_dir() and not fresh:
-        typer.echo(f"trimtab: {out} holds an unfinished run; it goes on if nothing changed", err=True)
+    watched = {"memory": guard_memory, "every": guard_every}
+    out = Path("out/adapt") / f"{stream}-{method}".replace(" ", "-") if out is None else out
+    unfinished = (out / ".stream").is_dir() and not fresh
     shown = not quiet and form is Format.text
-    with watching(f"{method} on {stream}", shown) as watch:
+    with watching(f"{method} on {stream}", shown) as show:
+
+        def watch(legs: Any) -> None:
+            nonlocal unfinished
+            if unfinished:
+                done = sum(leg.batches for leg in legs)
+                how = f"it goes on after batch {done}" if done else "something changed since, so it starts over"
+                typer.echo(f"trimtab: {out} holds an unfinished run; {how}", err=True)
+                unfinished = False
+            show(legs)
+
         jobs.adapt(
             source,
             out,
@@ -217,6 +236,7 @@ def adapt(
             stream=stream,
             settings=settings,
             guard=guard,
+            guard_settings={name: value for name, value in watched.items() if value is not None},
             prepared=prepared,
             every=every,
             fresh=fresh,

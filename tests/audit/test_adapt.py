@@ -185,7 +185,7 @@ def test_a_setting_may_name_a_function(tmp_path):
         ({"method": "tant"}, "method must be one of Source, .*Tent"),
         ({"stream": "night"}, "stream must be one of test, bright, bare, got 'night'"),
         ({"settings": {"stepz": 1}}, "settings must be some of optimizer, .*steps, .* for Tent, got 'stepz'"),
-        ({"settings": {"optimizer": "sgd"}}, "settings must suit Tent: 'str' object is not callable"),
+        ({"settings": {"optimizer": "sgd"}}, "optimizer must be a function of the parameters that move, .*, got str"),
         ({"settings": {"optimizer": "nowhere.py:sgd"}}, "nowhere.py: no such file"),
         ({"settings": {"steps": 0}}, "steps must be at least 1"),
         ({"every": 0}, "every must be at least 1"),

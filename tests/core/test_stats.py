@@ -133,3 +133,17 @@ def test_settings_must_make_sense():
         stats.resample_counts(3, 0, seed=0)
     with pytest.raises(InputError, match="a and b must be finite vectors of equal length"):
         stats.paired_test(np.ones(3), np.ones(2), seed=0)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (0, 2), (5, 0), (3, 9), (40, 10)])
+def test_a_paired_share_agrees_with_the_exact_test(gained, lost):
+    before = np.zeros(100, dtype=bool)
+    after = before.copy()
+    after[:gained] = True
+    before[gained : gained + lost] = True
+    change = stats.paired_share(before, after)
+    assert change.estimate == pytest.approx((gained - lost) / 100)
+    assert change.low <= change.estimate <= change.high
+    if gained + lost:
+        significant = reference.binomtest(gained, gained + lost).pvalue < 0.05
+        assert significant == (change.low > 0 or change.high < 0)

@@ -113,6 +113,10 @@ class Adapter(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, Adapter):
+            raise InputError(f"model must be a network to adapt, it is a {type(model).__name__} already")
+        if guard is not None and not isinstance(guard, Guard):
+            raise InputError(f"guard must be a Guard, such as Guard('reset'), got {guard!r}")
         model, self._group = processes.unwrapped(model)
         self.model = model if inplace else deepcopy(model)
         self.model.eval()
@@ -142,9 +146,17 @@ class Adapter(nn.Module):
         self.model.requires_grad_(False)
         if choice is not None:
             known = dict(self.model.named_parameters(remove_duplicate=False))
-            for name, parameter in choice(self.model).items():
+            chosen = choice(self.model) if callable(choice) else choice
+            if not isinstance(chosen, Mapping):
+                raise InputError(
+                    "parameters_of must be a function of the model that returns parameters by name, "
+                    f"got {type(chosen).__name__}"
+                )
+            for name, parameter in chosen.items():
                 if known.get(name) is not parameter:
-                    raise InputError(f"parameters_of must choose parameters of the model, {name!r} is none")
+                    raise InputError(
+                        f"parameters_of must choose parameters of the model by their full names in it, {name!r} is none"
+                    )
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     raise InputError(
                         f"model must hold the parameters that move in float32, {name!r} is {parameter.dtype}: "
@@ -155,6 +167,11 @@ class Adapter(nn.Module):
                     parameter.requires_grad_(True).grad = None
             if not self.moving:
                 raise InputError("parameters_of must choose at least one parameter, it chose none")
+            if optimizer is not None and (not callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer)):
+                raise InputError(
+                    "optimizer must be a function of the parameters that move, such as partial(torch.optim.Adam, "
+                    f"lr=1e-3), got {type(optimizer).__name__}"
+                )
             self.optimizer = (optimizer or ADAM)(list(self.moving.values()))
         self.source = state.Tensors({**self.moving, **dict(self.model.named_buffers())})
         self._rows_interact = any(
@@ -231,6 +248,12 @@ class Adapter(nn.Module):
             state_dict = OrderedDict(state_dict)
             state_dict._metadata = versions  # type: ignore[attr-defined]
         return super().load_state_dict(state_dict, strict, assign)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.moving.values()):
+            raise InputError("the adapter must stay in float32: small updates would be lost; use torch.autocast")
+        return self
 
     def _call(self, network: Callable[..., Any], x: Inputs) -> Float[Tensor, "n c *rest"]:
         """The logits of `network`, in single precision at least."""

@@ -23,6 +23,7 @@ from trimtab.core.modules import held
 from trimtab.core.predictions import logits_of
 
 Action = Literal["reset", "roll back", "warn"]
+_FEWEST = 20
 _COUNTERS = ("samples", "updates", "skipped", "resets", "singles", "recent")
 
 
@@ -55,8 +56,9 @@ class Guard(nn.Module):
         action: ``"reset"`` returns to the source model; ``"roll back"`` to a healthy state from two to four times
             `memory` predictions ago, and to the source where there is none; ``"warn"`` does nothing else. All warn.
         every: look at every so-many-th batch, >= 1.
-        memory: how many of the last predictions the judgement rests on, >= 2: each counts exp(-age / memory). Nothing
-            is judged before half of it is full.
+        memory: how many inputs of the stream the judgement reaches back, >= 2: a prediction counts exp(-age / memory),
+            age in inputs, looked at or not. Nothing is judged before half of that has passed, and 20 predictions
+            have been looked at.
         min_entropy: a collapse when the marginal entropy is below this share of the source's, in [0, 1].
         min_agreement: a collapse when Cohen's kappa with the source's predictions is below, in [-1, 1]. 0 is chance;
             the source is wrong under shift, so little can be asked: 0.05.
@@ -84,6 +86,8 @@ class Guard(nn.Module):
     theirs: Tensor
     agreed: Tensor
     fresh: Tensor
+    passed: Tensor
+    age: Tensor
 
     def __init__(
         self,
@@ -107,7 +111,8 @@ class Guard(nn.Module):
         self.register_buffer("ours", torch.empty(0, dtype=torch.float64))
         self.register_buffer("theirs", torch.empty(0, dtype=torch.float64))
         self.register_buffer("agreed", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("fresh", torch.zeros((), dtype=torch.float64))
+        for name in ("passed", "age", "fresh"):  # inputs since the last look, since a collapse, since one was kept
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     def watching(self, model: nn.Module) -> Self:
         """The guard, with a copy of the source `model` to compare with."""
@@ -119,6 +124,7 @@ class Guard(nn.Module):
     def look(self, adapter: Watched, x: Any, outputs: Tensor) -> None:
         """Compare what `adapter` said about the batch with the source model, and act on a collapse."""
         self.batches += 1
+        self.passed += len(outputs)
         if int(self.batches) % self.every:
             return
         assert self.source is not None
@@ -128,7 +134,7 @@ class Guard(nn.Module):
         self.looks += 1
         ours = outputs.argmax(1).flatten()
         self._count(adapter, ours, theirs, classes)
-        if float(self.theirs.sum()) < self.memory / 2:
+        if float(self.age) < self.memory / 2 or float(self.theirs.sum()) < _FEWEST:
             return
         if self.entropy_ratio() >= self.min_entropy and self.agreement() >= self.min_agreement:
             if self.action == "roll back":
@@ -158,15 +164,15 @@ class Guard(nn.Module):
 
     def _count(self, adapter: Watched, ours: Tensor, theirs: Tensor, classes: int) -> None:
         ours_, theirs_ = torch.bincount(ours, minlength=classes), torch.bincount(theirs, minlength=classes)
-        counts = torch.cat((ours_, theirs_, (ours == theirs).sum()[None])).to(self.agreed.device, torch.float64)
-        counts = adapter.summed(counts)
+        told = torch.cat((ours_, theirs_, (ours == theirs).sum()[None])).to(self.agreed.device, torch.float64)
+        *counts, agreed, passed = adapter.summed(torch.cat((told, self.passed[None])))
         if not len(self.ours):
             self.ours, self.theirs = self.ours.new_zeros(classes), self.theirs.new_zeros(classes)
-        fade = math.exp(-float(counts[:classes].sum()) / self.memory)
-        self.ours = fade * self.ours + counts[:classes]
-        self.theirs = fade * self.theirs + counts[classes:-1]
-        self.agreed = fade * self.agreed + counts[-1]
-        self.fresh = self.fresh + counts[:classes].sum()
+        fade = math.exp(-float(passed) / self.memory)
+        self.ours = fade * self.ours + torch.stack(counts[:classes])
+        self.theirs = fade * self.theirs + torch.stack(counts[classes:])
+        self.agreed = fade * self.agreed + agreed
+        self.age, self.fresh, self.passed = self.age + passed, self.fresh + passed, torch.zeros_like(passed)
 
     def _take_back(self, adapter: Watched) -> str:
         if self.action == "warn":
@@ -190,7 +196,8 @@ class Guard(nn.Module):
 
     def _forget(self) -> None:
         self.ours, self.theirs = self.ours.new_empty(0), self.theirs.new_empty(0)
-        self.agreed, self.fresh = torch.zeros_like(self.agreed), torch.zeros_like(self.fresh)
+        zero = torch.zeros_like(self.agreed)
+        self.agreed, self.fresh, self.age = zero, zero.clone(), zero.clone()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

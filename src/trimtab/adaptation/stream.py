@@ -45,6 +45,8 @@ def steps(adapter: Adapter, loader: Iterable[Any], *, first: int = 0, descriptio
     Raises:
         InputError: a batch is refused by the adapter (its number is named), or labels come with some batches only.
     """
+    if not isinstance(adapter, Adapter):
+        raise InputError(f"adapter must be an Adapter, got {type(adapter).__name__}")
     device = modules.device_of(adapter.model)
     labelled: bool | None = None
     for number, batch in enumerate(islice(progress.track(loader, description), first, None), first):

@@ -46,6 +46,7 @@ class Leg:
         correct: right predictions among them; None without labels.
         entropy: mean entropy of the predictions, nats.
         updates, skipped, resets: the adapter's counters after the leg.
+        collapses: the guard's counter after it; None without a guard.
         seconds: time spent in the adapter.
     """
 
@@ -56,6 +57,7 @@ class Leg:
     updates: int
     skipped: int
     resets: int
+    collapses: int | None
     seconds: float
 
     @property
@@ -72,6 +74,7 @@ def adapt(
     stream: str,
     settings: Mapping[str, Any] | None = None,
     guard: str | None = None,
+    guard_settings: Mapping[str, Any] | None = None,
     prepared: str | Path | None = None,
     every: int = 10,
     fresh: bool = False,
@@ -89,6 +92,7 @@ def adapt(
         settings: keyword arguments of the adapter; a function may be named as the setup function is, as in
             ``{"optimizer": "mine.py:slow_sgd"}``.
         guard: watch for collapse, with this action; None does not.
+        guard_settings: keyword arguments of the `Guard`, such as ``{"memory": 500}``.
         prepared: what the adapter's ``prepare`` left; made from the setup's `train` batches where it has them, else
             from its `calibration` batches, if the adapter takes any.
         every: batches a leg, >= 1; a run that is killed loses one leg at most.
@@ -109,13 +113,13 @@ def adapt(
         "method": kind.__name__,
         "stream": stream,
         "settings": {name: repr(value) for name, value in (settings or {}).items()},
-        "guard": guard,
+        "guard": [guard, dict(guard_settings or {})],
         "every": every,
         "trimtab": metadata.version("trimtab"),
         **marks(replace(setup, shifts={}, test=loader), spec),
     }
     kept = _Kept(out / ".stream", identity, fresh)
-    options = _options(kind, settings or {}, guard)
+    options = _options(kind, settings or {}, guard, guard_settings or {})
     if prepared is not None or kind.preparation != "none":
         options["prepared"] = _prepared(kind, setup, prepared, out / PREPARED, again=kept.goes_on)
     try:
@@ -166,7 +170,9 @@ def _stream(setup: Setup, name: str) -> Any:
     return streams[name]
 
 
-def _options(kind: type[Adapter], settings: Mapping[str, Any], guard: str | None) -> dict[str, Any]:
+def _options(
+    kind: type[Adapter], settings: Mapping[str, Any], guard: str | None, watch: Mapping[str, Any]
+) -> dict[str, Any]:
     """Keyword arguments for the adapter, those that it does not know refused."""
     names = (*signature(kind).parameters, *Options.__annotations__)
     known = [name for name in names if name not in ("model", "prepared", "guard", "inplace", "options")]
@@ -177,8 +183,10 @@ def _options(kind: type[Adapter], settings: Mapping[str, Any], guard: str | None
         name: setups.function(value) if isinstance(value, str) and ":" in value else value
         for name, value in settings.items()
     }
+    if watch and guard is None:
+        raise InputError(f"guard must be given for {', '.join(watch)} of a guard to mean anything")
     if guard is not None:
-        options["guard"] = Guard(checks.one_of(guard, "guard", Action))
+        options["guard"] = Guard(checks.one_of(guard, "guard", Action), **watch)
     return options
 
 
@@ -204,6 +212,7 @@ def _leg(part: list[Step], adapter: Adapter) -> Leg:
         updates=int(adapter.updates),
         skipped=int(adapter.skipped),
         resets=int(adapter.resets),
+        collapses=None if adapter.guard is None else int(adapter.guard.collapses),
         seconds=sum(step.seconds for step in part),
     )
 

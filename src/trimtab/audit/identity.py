@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def marks(setup: Setup, spec: str | None) -> dict[str, Any]:
     marks = {name: [fingerprint(_first_tensors(name, loader)), _length(loader)] for name, loader in loaders.items()}
     code = Path((spec or "").rpartition(":")[0])
     return {
-        "code": stamp(code) if code.suffix == ".py" else None,
+        "code": hashlib.sha256(code.read_bytes()).hexdigest()[:16] if code.suffix == ".py" else None,
         "model": fingerprint(setup.model.state_dict()),
         "data": marks,
         "collected": [setup.features, setup.views if setup.augment else 0],

@@ -36,11 +36,11 @@ def watching(title: str, shown: bool) -> Iterator[Callable[[Sequence[Leg]], None
 def table(title: str, legs: Sequence[Leg]) -> Table:
     """The last legs, one a row, and all of them together."""
     grid = Table(title=title, title_justify="left")
-    for name in ("batches", "accuracy", "entropy", "updates", "skipped", "resets", "ms a batch"):
+    for name in ("batches", "accuracy", "entropy", "updates", "skipped", "resets", "collapses", "ms a batch"):
         grid.add_column(name, justify="right")
     done = sum(leg.batches for leg in legs[:-_ROWS])
     if done:
-        grid.add_row(f"1 to {done}", *[""] * 6)
+        grid.add_row(f"1 to {done}", *_cells(legs[:-_ROWS]))
     for leg in legs[-_ROWS:]:
         grid.add_row(f"{done + 1} to {done + leg.batches}", *_cells([leg]))
         done += leg.batches
@@ -60,5 +60,6 @@ def _cells(legs: Sequence[Leg]) -> list[str]:
         str(last.updates),
         str(last.skipped),
         str(last.resets),
+        "" if last.collapses is None else str(last.collapses),
         f"{1000 * sum(leg.seconds for leg in legs) / batches:.1f}",
     ]

@@ -20,6 +20,7 @@ from trimtab.audit.setup import Setup
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
 from trimtab.core.progress import OutOfTime, in_time, limit, track
+from trimtab.core.stats import paired_share
 
 NONE = "none"
 KINDS = {kind.__name__: kind for kind in ADAPTERS}
@@ -60,7 +61,10 @@ def cell(setup: Setup, pair: Pair, settings: Settings) -> ShiftCell:
     seconds = time.perf_counter() - start
     headline = settings.essentials(predictions)
     accuracy, ece, log_loss = (triple(headline[name]) for name in ("accuracy", "ece", "log_loss"))
-    change = settings.compare(Predictions.read(pair.before), predictions)
+    before = Predictions.read(pair.before)
+    change = settings.compare(before, predictions)
+    right = [(part.logits.argmax(1) == part.needed("labels")).numpy() for part in (before, predictions)]
+    change["accuracy"] = triple(paired_share(*right, level=settings.level))
     return ShiftCell(pair.shift, pair.adapter, predictions.n, accuracy, ece, log_loss, seconds, change=change)
 
 

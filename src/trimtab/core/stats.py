@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from scipy.special import betaincinv
 
 from trimtab.core import checks
@@ -100,6 +100,28 @@ def bootstrap_mean(
         for start in range(0, resamples, block)
     ]
     return percentile_interval(float(values.mean()), np.concatenate(means), level)
+
+
+def paired_share(before: Bool[np.ndarray, " n"], after: Bool[np.ndarray, " n"], *, level: float = 0.95) -> Interval:
+    """How much the share of true values changes from `before` to `after`, on the same items.
+
+    The interval is exact (Clopper and Pearson 1934) for the share of gains among the items that changed, as in
+    McNemar's test, given how many did: with few of them it is as wide as it must be.
+
+    Example:
+        >>> import numpy as np
+        >>> before, after = np.ones(500, dtype=bool), np.arange(500) >= 2
+        >>> change = paired_share(before, after)
+        >>> change.estimate, change.low < 0 < change.high
+        (-0.004, True)
+    """
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    changed = gained + lost
+    if changed == 0:
+        return Interval(0.0, 0.0, 0.0)
+    ends = binomial_interval(np.array([float(gained)]), np.array([float(changed)]), level)
+    low, high = (changed / len(before) * (2 * float(end[0]) - 1) for end in ends)
+    return Interval((gained - lost) / len(before), low, high)
 
 
 def paired_test(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"], *, resamples: int = 9999, seed: int) -> float:

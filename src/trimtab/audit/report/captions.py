@@ -55,7 +55,7 @@ def shift(result: AuditResult, heat: Heat) -> str:
     """How often adapting clearly helped and clearly hurt, over the shifted streams."""
     base, *others = heat.adapters
     text = f"{base} is the model as it is; below each number stands its difference to it. "
-    cells = [cell.verdict for name, row in heat.rows[1:] for cell in row[1:] if name != MEAN]
+    cells = [cell.verdict for name, row in heat.rows[1:] for cell in row[1:] if name != MEAN and cell.level is not None]
     if not others:
         return text
     tried = f"Of {plural(len(cells), 'pairing')} of a shift with an adapter"
@@ -83,6 +83,11 @@ def risk(result: AuditResult) -> str:
     if abs(later - most) < 0.01:
         text += ": calibration changes how confidence reads, and only a little which predictions it doubts"
     return text + "."
+
+
+def adapted(heat: Heat) -> int:
+    """How many adapters ran."""
+    return sum(any(row[place].level is not None for _, row in heat.rows) for place in range(1, len(heat.adapters)))
 
 
 def shifted(result: AuditResult) -> int:

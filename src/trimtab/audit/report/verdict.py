@@ -143,7 +143,10 @@ def _accuracy_clause(result: AuditResult) -> str:
 
 
 def shift_sentence(cells: list[ShiftCell]) -> str:
-    """What the shifts cost the unadapted model, and what the best adapter wins back, on average over the shifts."""
+    """What the shifts cost the unadapted model, and what an adapter wins back, on average over the shifts.
+
+    That is the first in the list, which begins with the cheapest, that no other beats by more than uncertainty.
+    """
     base = unadapted(cells)
     sound = {(c.shift, c.adapter): c for c in cells if c.failed is None and math.isfinite(c.accuracy[0])}
     shifts = [shift for shift in distinct(cell.shift for cell in cells) if shift != UNSHIFTED]
@@ -168,7 +171,8 @@ def shift_sentence(cells: list[ShiftCell]) -> str:
     if not complete:
         return f"{fall}; no adapter ran on all of them."
     means = {adapter: mean_of([sound[shift, adapter].accuracy for shift in shifts]) for adapter in complete}
-    best = max(complete, key=lambda adapter: means[adapter][0])
+    top = max(means.values())
+    best = next(adapter for adapter in complete if means[adapter][0] >= top[1])  # the cheapest that may be as good
     verdicts = [
         compare(sound[s, base].accuracy, sound[s, best].accuracy, 1, sound[s, best].change.get("accuracy"))
         for s in shifts

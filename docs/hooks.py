@@ -55,6 +55,7 @@ def on_page_markdown(markdown, page, config, files):
         choosing_seconds,
         peers,
         growth,
+        adapters_measured,
         adapters_corrupted,
         adapters_streams,
         adapters_deeper,
@@ -184,6 +185,11 @@ def growth():
         cells = [f"{cell['seconds']:.2g}&nbsp;s, {cell['peak_mib']:.0f}&nbsp;MiB" for cell in row["cells"]]
         lines.append(f"| `{row['calibrator']}` | {' | '.join(cells)} | n<sup>{row['power']:.1f}</sup> |")
     return "\n".join(lines)
+
+
+def adapters_measured():
+    """What is missing of the table of adapters."""
+    return adapters_table.measured(adapters_table.read())
 
 
 def adapters_corrupted():

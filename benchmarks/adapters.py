@@ -73,13 +73,11 @@ def cells(world: str, parts: str, seeds: list[int]) -> Iterator[Cell]:
             for corruption in CORRUPTIONS:
                 yield Cell("A", network, corruption, "iid", 200, 2000, seed)
         if "B" in parts:
-            for corruption in FOUR:
-                for stream in ("dirichlet", "sorted"):
-                    yield Cell("B", network, corruption, stream, 64, 1000, seed)
-                for batch in (16, 1):
-                    yield Cell("B", network, corruption, "iid", batch, 1000, seed)
             for stream in ("mixed", "continual"):
                 yield Cell("B", network, "all four", stream, 64, 1000, seed)
+            for stream, batch in (("dirichlet", 64), ("sorted", 64), ("iid", 16), ("iid", 1)):
+                for corruption in FOUR:
+                    yield Cell("B", network, corruption, stream, batch, 1000, seed)
         if "C" in parts and world == "cifar10":
             for corruption in FOUR:
                 yield Cell("C", "resnet56", corruption, "iid", 200, 1000, seed)

@@ -138,7 +138,7 @@ def test_bad_settings_are_refused(options, message):
 def test_fishers_of_another_shape_or_not_finite_are_refused():
     net = seeded_net()
     fishers = EATA.prepare(net, list(stream()))
-    with pytest.raises(InputError, match=r"prepared was made for another model: .* has norm"):
+    with pytest.raises(InputError, match=r"prepared was made for another model: .* holds other numbers"):
         EATA(seeded_net(1), prepared=fishers)
     with pytest.raises(InputError, match="they differ in"):
         EATA(net, prepared=fishers, parameters_of=all_parameters)

@@ -70,7 +70,7 @@ class Guard(nn.Module):
         InputError: an argument is out of range, or the guard watches another adapter already.
 
     Example:
-        >>> from trimtab.adaptation import Tent
+        >>> from trimtab.adaptation import Guard, Tent
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
         >>> tent = Tent(model, guard=Guard(every=1))
         >>> _ = tent(torch.randn(16, 3, generator=torch.Generator().manual_seed(0)))

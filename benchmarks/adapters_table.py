@@ -124,7 +124,7 @@ def _gain(differences: Sequence[float]) -> str:
     if len(differences) < 2:
         return f"{100 * differences[0]:+.1f}"
     interval = bootstrap_mean(100 * np.array(differences), seed=0)
-    return f"{interval.estimate:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+    return f"{interval.estimate:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 if __name__ == "__main__":

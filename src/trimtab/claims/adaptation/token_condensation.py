@@ -210,8 +210,8 @@ CLAIM = Claim(
         "more than half in two seeds of three.",
         "At 0.2 (not judged) condensing costs 5.6 points, no less than chance (5.8) or attention alone (5.5). A better "
         "trained network (10 000 images, 84.3 %, seed 0) lost 1.7 points by condensing at 0.1 where chance lost 0.8, "
-        "and 5.5 at 0.2 where chance lost 8.4. That run came first; the setting was made smaller after it, for time, and "
-        "no bound was moved.",
+        "and 5.5 at 0.2 where chance lost 8.4. That run came first; the setting was made smaller after it, for time, "
+        "and no bound was moved.",
         "Anchors change next to nothing: at most 0.2 points.",
         "The reservoir's votes gain 11 points under blur and 9 under rotation with lam 8, 9 and 5 with lam 3; where "
         "the model is always wrong (inverted images) they confirm its errors.",

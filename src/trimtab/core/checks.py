@@ -31,6 +31,11 @@ def tensor(value: Any, name: str) -> Tensor:
         raise InputError(f"{name} must be a numeric tensor or array, got {type(value).__name__}") from error
 
 
+def unread(value: Tensor) -> bool:
+    """Whether values cannot be looked at: while a graph is traced by `torch.compile`, and on the meta device."""
+    return torch.compiler.is_compiling() or value.is_meta
+
+
 def first_bad(bad: Tensor) -> str:
     """Where the first true entry of `bad` is, in words: ``row 3, column 1``."""
     index = [int(i) for i in np.unravel_index(int(bad.flatten().to(torch.uint8).argmax()), tuple(bad.shape))]
@@ -40,7 +45,7 @@ def first_bad(bad: Tensor) -> str:
 
 def finite(value: Tensor, name: str) -> Tensor:
     """Refuse NaN and infinities."""
-    if not value.is_floating_point() or value.numel() == 0:
+    if not value.is_floating_point() or value.numel() == 0 or unread(value):
         return value
     # the extremes tell in a fifteenth of the time that isfinite takes: both are NaN where any entry is
     if not bool(torch.isfinite(torch.stack(torch.aminmax(value.detach()))).all()):
@@ -74,6 +79,8 @@ def logits(value: Any, name: str = "logits", *, classes: int | None = None) -> F
 def probabilities(value: Any, name: str = "probs", *, atol: float = 1e-3) -> Float[Tensor, "n c"]:
     """Probabilities: an (n, c) tensor in [0, 1] whose rows sum to one within `atol`."""
     p = matrix(value, name, min_columns=2)
+    if unread(p):
+        return p
     low, high = torch.aminmax(p)
     if low < 0 or high > 1 + atol:
         bad = (p < 0) | (p > 1 + atol)
@@ -98,7 +105,7 @@ def labels(value: Any, n: int, c: int, name: str = "labels") -> Int[Tensor, " n"
         raise InputError(f"{name} must have {n} entries, one for each row, got {y.shape[0]}")
     y = y.long()
     bad = (y < 0) | (y >= c)
-    if bool(bad.any()):
+    if not unread(y) and bool(bad.any()):
         row = int(bad.to(torch.uint8).argmax())
         raise InputError(f"{name} must lie in 0..{c - 1}, found {int(y[row])} at row {row}")
     return y
@@ -112,6 +119,8 @@ def weights(value: Any, n: int, name: str = "weights") -> Float[Tensor, " n"]:
     if w.is_complex() or w.dtype == torch.bool:
         raise InputError(f"{name} must be real numbers, got {str(w.dtype).removeprefix('torch.')}")
     w = finite(w if w.is_floating_point() else w.double(), name)
+    if unread(w):
+        return w
     if bool((w < 0).any()):
         raise InputError(f"{name} must be >= 0, found {w[w < 0][0].item():.6g} at {first_bad(w < 0)}")
     if not bool((w > 0).any()):

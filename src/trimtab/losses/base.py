@@ -1,0 +1,61 @@
+"""What the training objectives share: the door, precision, reduction.
+
+A loss is an `nn.Module`; where the method allows it is called as ``loss(logits, labels)`` and returns the mean over the
+batch. What needs more says so in its signature. Inputs of half precision are widened to float32 before anything is
+exponentiated, so that a loss may be called within autocast. Values (NaN, labels out of range) are checked in eager mode
+only: a graph that `torch.compile` traces does not wait for them.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trimtab.core import checks
+from trimtab.core.checks import InputError
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def pair(logits: Tensor, labels: Tensor) -> tuple[Float[Tensor, "n c"], Int[Tensor, " n"]]:
+    """Checked logits, at least float32, and labels.
+
+    Args:
+        logits: (n, c), n >= 1, c >= 2, floating point, finite.
+        labels: (n,), integers in 0..c-1, on the same device.
+
+    Raises:
+        InputError: a shape, a type, a device or a value is wrong.
+    """
+    same_device(logits=logits, labels=labels)
+    logits = checks.logits(logits)
+    return widened(logits), checks.labels(labels, *logits.shape)
+
+
+def same_device(**tensors: Tensor) -> None:
+    """Refuse tensors that are not on one device, by the names they are given."""
+    (first, there), *others = ((name, checks.tensor(value, name).device) for name, value in tensors.items())
+    for name, device in others:
+        if device != there:
+            raise InputError(f"{name} must be on the device of {first}, {there}, got {device}")
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in float32 where it is in half precision; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """A context without autocast on the device of `x`: matrix products within it are not narrowed again."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def reduced(values: Tensor, reduction: Reduction) -> Tensor:
+    """The mean or the sum of `values`, or `values` as they are."""
+    if reduction == "none":
+        return values
+    return values.mean() if reduction == "mean" else values.sum()

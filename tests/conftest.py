@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _shape_checks(request):
-    if request.node.get_closest_marker("bad_input"):
+    if request.node.get_closest_marker("bad_input") or request.node.get_closest_marker("compiled"):
         jaxtyping.config.update("jaxtyping_disable", True)
         yield
         jaxtyping.config.update("jaxtyping_disable", False)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trimtab.losses.base import pair
+
 
 @dataclass(frozen=True)
 class Builder:
@@ -41,4 +43,13 @@ def binary(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ..
     return 2 * torch.randn(n, generator=generator, dtype=torch.float64), (torch.arange(n) % 2,)
 
 
-BUILDERS: dict[str, Builder] = {}
+class CrossEntropy(nn.Module):
+    """What every classification objective stands beside, at the same door."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(*pair(logits, labels))
+
+
+BUILDERS: dict[str, Builder] = {
+    "cross_entropy": Builder(CrossEntropy, classified),
+}

@@ -2,10 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.losses import (
+    ICNN,
+    MNDCG,
+    EnsLoss,
+    ProtoTriplet,
+    RankMixup,
+    SphericalSoftmaxLoss,
+    SquaredErrorLoss,
+    TaylorSoftmaxLoss,
+    ZLoss,
+    make_mixtures,
+)
 from trimtab.losses.base import pair
 
 
@@ -43,6 +56,24 @@ def binary(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ..
     return 2 * torch.randn(n, generator=generator, dtype=torch.float64), (torch.arange(n) % 2,)
 
 
+def mixed(sets: int) -> Callable[[int, torch.Generator], tuple[Tensor, tuple[Tensor, ...]]]:
+    """Logits and labels, and the logits and soft labels of some mixtures of each sample."""
+
+    def batch(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+        logits, (labels,) = classified(n, generator)
+        x = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+        targets = make_mixtures(x, labels, classes=5, sets=sets, generator=generator).targets
+        return logits, (labels, 2 * torch.randn(sets * n, 5, generator=generator, dtype=torch.float64), targets)
+
+    return batch
+
+
+def noisy(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Scores (n,), labels 0 or 1, and normal numbers."""
+    scores, rest = binary(n, generator)
+    return scores, (*rest, torch.randn(n, generator=generator, dtype=torch.float64))
+
+
 class CrossEntropy(nn.Module):
     """What every classification objective stands beside, at the same door."""
 
@@ -50,6 +81,25 @@ class CrossEntropy(nn.Module):
         return nn.functional.cross_entropy(*pair(logits, labels))
 
 
+def episode(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A support set of two classes, and as many queries."""
+    support, queries = torch.randn(2, n, 3, generator=generator, dtype=torch.float64)
+    labels = torch.arange(n) % 2
+    return support, (labels, queries, labels)
+
+
 BUILDERS: dict[str, Builder] = {
     "cross_entropy": Builder(CrossEntropy, classified),
+    "EnsLoss": Builder(EnsLoss, binary, compiled=False, differentiable=False),
+    "EnsLoss, noise": Builder(partial(EnsLoss, tail=False), noisy),
+    "MNDCG": Builder(MNDCG, mixed(3)),
+    "RankMixup": Builder(RankMixup, mixed(1)),
+    "RankMixup, probs": Builder(partial(RankMixup, on="probs", margin=0.2, masking="elementwise"), mixed(1)),
+    "ICNN": Builder(partial(ICNN, k=2), partial(classified, classes=2), smallest=3),
+    "ICNN, whole episode": Builder(partial(ICNN, ipc=4), partial(classified, classes=2), smallest=5),
+    "ProtoTriplet": Builder(ProtoTriplet, episode, smallest=2, compiled=False),
+    "SphericalSoftmaxLoss": Builder(SphericalSoftmaxLoss, classified),
+    "SquaredErrorLoss": Builder(SquaredErrorLoss, classified),
+    "TaylorSoftmaxLoss": Builder(TaylorSoftmaxLoss, classified),
+    "ZLoss": Builder(ZLoss, classified),
 }

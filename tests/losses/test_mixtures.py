@@ -19,7 +19,9 @@ def test_every_set_has_one_share_and_one_order(seed, n, c, sets):
     hot = one_hot(labels, c).double()
     ids = torch.eye(n, dtype=torch.float64)
     inputs, targets, shares = make_mixtures(ids, labels, classes=c, sets=sets, generator=generator(seed))
-    assert inputs.shape == (sets * n, n) and targets.shape == (sets * n, c) and shares.shape == (sets,)
+    assert inputs.shape == (sets * n, n)
+    assert targets.shape == (sets * n, c)
+    assert shares.shape == (sets,)
     for mixed, soft, share in zip(inputs.view(sets, n, n), targets.view(sets, n, c), shares.tolist()):
         assert 0 <= share <= 1
         order = (mixed - share * ids).argmax(1) if share < 1 else torch.arange(n)

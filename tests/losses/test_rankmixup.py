@@ -74,7 +74,7 @@ def test_the_definition(loss, seed, n, c, sets):
     if isinstance(loss, RankMixup):
         ranking *= float((targets.max(1).values < 1).double().mean())
     expected = float(cross_entropy(z, y)) + loss.weight * ranking / n
-    assert float(loss(z, y, mixed, targets)) == pytest.approx(expected, rel=1e-9)
+    assert float(loss(z, y, mixed, targets)) == pytest.approx(expected, rel=1e-7)  # discounts in float32
 
 
 @LOSSES
@@ -127,7 +127,9 @@ def test_huge_logits_and_certain_targets_leave_finite_gradients(loss):
     z, mixed = (5e3 * v for v in (z, mixed))
     value = loss(z.requires_grad_(), y, mixed.requires_grad_(), targets)
     value.backward()
-    assert value.isfinite() and z.grad.isfinite().all() and mixed.grad.isfinite().all()
+    assert value.isfinite()
+    assert z.grad.isfinite().all()
+    assert mixed.grad.isfinite().all()
 
 
 @pytest.mark.bad_input

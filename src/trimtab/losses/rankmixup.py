@@ -180,10 +180,10 @@ class MNDCG(_RankedMixtures):
     def _ranking(self, logits: Tensor, log_probs: Tensor, mixed: Tensor, targets: Tensor) -> Tensor:
         relevances, order = targets.amax(2).sort(dim=0, descending=True, stable=True)
         confidences = _confidence(mixed.log_softmax(2)).gather(0, order)
-        positions = torch.arange(2, len(mixed) + 2, device=mixed.device, dtype=mixed.dtype)[:, None]
-        discounts = 1 / torch.log2(positions + 1)
-        gain = _confidence(log_probs) + (discounts * confidences).sum(0)
-        ideal = 1 + (discounts * relevances).sum(0)
+        # in float32 whatever the precision of the rest, as the authors' numbers
+        discounts = torch.arange(3, len(mixed) + 3, device=mixed.device, dtype=torch.float32).log2()[:, None]
+        gain = _confidence(log_probs) + (confidences / discounts).sum(0)
+        ideal = 1 + (relevances / discounts).sum(0)
         return ((gain - ideal).abs() / torch.maximum(gain, ideal)).mean()
 
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from trimtab.losses import (
     ICNN,
+    MESA,
     MNDCG,
+    SAF,
     EnsLoss,
     ProtoTriplet,
     RankMixup,
@@ -88,16 +90,38 @@ def episode(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, .
     return support, (labels, queries, labels)
 
 
+def remembered(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Logits, labels and numbers of samples, of an epoch in which SAF's memory counts."""
+    logits, (labels,) = classified(n, generator)
+    return logits, (labels, torch.arange(n), 2)
+
+
+def saf() -> SAF:
+    """A SAF that remembers outputs of epoch 1."""
+    loss = SAF(samples=9, classes=5, start=1, lookback=1)
+    logits, (labels,) = classified(9, torch.Generator().manual_seed(1))
+    loss(logits, labels, torch.arange(9), epoch=1)
+    return loss
+
+
+def averaged(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Logits, labels and inputs, of an epoch in which MESA's average counts."""
+    logits, rest = classified(n, generator)
+    return logits, (*rest, 2 * torch.randn(n, 5, generator=generator, dtype=torch.float64), 1)
+
+
 BUILDERS: dict[str, Builder] = {
     "cross_entropy": Builder(CrossEntropy, classified),
     "EnsLoss": Builder(EnsLoss, binary, compiled=False, differentiable=False),
     "EnsLoss, noise": Builder(partial(EnsLoss, tail=False), noisy),
+    "MESA": Builder(partial(MESA, nn.Identity(), start=0), averaged),
     "MNDCG": Builder(MNDCG, mixed(3)),
     "RankMixup": Builder(RankMixup, mixed(1)),
     "RankMixup, probs": Builder(partial(RankMixup, on="probs", margin=0.2, masking="elementwise"), mixed(1)),
     "ICNN": Builder(partial(ICNN, k=2), partial(classified, classes=2), smallest=3),
     "ICNN, whole episode": Builder(partial(ICNN, ipc=4), partial(classified, classes=2), smallest=5),
     "ProtoTriplet": Builder(ProtoTriplet, episode, smallest=2, compiled=False),
+    "SAF": Builder(saf, remembered),
     "SphericalSoftmaxLoss": Builder(SphericalSoftmaxLoss, classified),
     "SquaredErrorLoss": Builder(SquaredErrorLoss, classified),
     "TaylorSoftmaxLoss": Builder(TaylorSoftmaxLoss, classified),

@@ -1,3 +1,5 @@
 """Layers and small networks that methods of the other stages are built of."""
 
-__all__: list[str] = []
+from trimtab.nn.factored_output import FactoredOutput
+
+__all__ = ["FactoredOutput"]

@@ -12,6 +12,8 @@ from trimtab.losses import (
     MESA,
     MNDCG,
     SAF,
+    AnyLoss,
+    DirectCoverage,
     EnsLoss,
     ProtoTriplet,
     RankMixup,
@@ -76,6 +78,13 @@ def noisy(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...
     return scores, (*rest, torch.randn(n, generator=generator, dtype=torch.float64))
 
 
+def answers(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Logits (n, 4, 5) and labels of tokens after a prompt of one."""
+    labels = torch.randint(5, (n, 4), generator=generator)
+    labels[:, 0] = -100
+    return torch.randn(n, 4, 5, generator=generator, dtype=torch.float64), (labels,)
+
+
 class CrossEntropy(nn.Module):
     """What every classification objective stands beside, at the same door."""
 
@@ -110,8 +119,19 @@ def averaged(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, 
     return logits, (*rest, 2 * torch.randn(n, 5, generator=generator, dtype=torch.float64), 1)
 
 
+def keypoints(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Keypoints and their labels."""
+    return tuple(torch.randn(2, n, 3, 2, generator=generator, dtype=torch.float64).unbind())
+
+
 BUILDERS: dict[str, Builder] = {
     "cross_entropy": Builder(CrossEntropy, classified),
+    "AnyLoss": Builder(partial(AnyLoss, from_logits=True), binary, smallest=2),
+    "AnyLoss, gmean": Builder(
+        partial(AnyLoss, metric="gmean", amplification=10, from_logits=True), partial(classified, classes=2), smallest=2
+    ),
+    "DirectCoverage": Builder(partial(DirectCoverage, samples=4), answers, differentiable=False),
+    "DirectCoverage, classes": Builder(partial(DirectCoverage, samples=16), classified, differentiable=False),
     "EnsLoss": Builder(EnsLoss, binary, compiled=False, differentiable=False),
     "EnsLoss, noise": Builder(partial(EnsLoss, tail=False), noisy),
     "MESA": Builder(partial(MESA, nn.Identity(), start=0), averaged),

@@ -55,6 +55,19 @@ def finite(value: Tensor, name: str) -> Tensor:
     return value
 
 
+def within(value: Tensor, name: str, low: float, high: float) -> Tensor:
+    """Refuse what does not lie in low..high, NaN and infinities too."""
+    if value.numel() == 0 or unread(value):
+        return value
+    least, most = torch.aminmax(value.detach())
+    if not bool((least >= low) & (most <= high)):
+        bad = (finite(value, name) < low) | (value > high)
+        raise InputError(
+            f"{name} must lie in [{low:g}, {high:g}], found {value[bad][0].item():.6g} at {first_bad(bad)}"
+        )
+    return value
+
+
 def matrix(value: Any, name: str, *, columns: int | None = None, min_columns: int = 1) -> Float[Tensor, "n c"]:
     """A finite floating-point (n, c) tensor with n >= 1."""
     x = tensor(value, name)

@@ -1,16 +1,29 @@
 """Training objectives: losses that leave a model right, not only confident."""
 
+from trimtab.losses.anyloss import AnyLoss
+from trimtab.losses.anyloss_logistic import AnyLossLogistic
+from trimtab.losses.cosine_head import CosineHead
+from trimtab.losses.direct_coverage import DirectCoverage, answer_log_prob, coverage_factor, coverage_loss
 from trimtab.losses.ensloss import EnsLoss, ensloss_derivatives
 from trimtab.losses.episodes import EpisodeSampler
 from trimtab.losses.indexed import Indexed
+from trimtab.losses.info_nce import InfoNCE
+from trimtab.losses.mann_whitney import MannWhitney
+from trimtab.losses.margin_softmax import ArcFace, CosFace, MagFace
 from trimtab.losses.mixtures import Mixtures, make_mixtures
 from trimtab.losses.output_memory import OutputMemory
+from trimtab.losses.pass_at_n import pass_at_n, pass_at_n_unbiased
+from trimtab.losses.projection import camera_bias, perspective
 from trimtab.losses.prototypes import prototype_logits, prototypes
 from trimtab.losses.rankmixup import MNDCG, RankMixup
+from trimtab.losses.retrieval import dual_encoder_scores
 from trimtab.losses.saf import MESA, SAF, trajectory_kl
 from trimtab.losses.sharpness import sharpness
 from trimtab.losses.spherical import SphericalSoftmaxLoss, SquaredErrorLoss, TaylorSoftmaxLoss
 from trimtab.losses.susana import ICNN, ProtoTriplet, icnn_score
+from trimtab.losses.threshold_adaptive import ThresholdAdaptiveScaling
+from trimtab.losses.uncertain import UncertainBatches, select_uncertain
+from trimtab.losses.unpg import UNPG, pair_similarities, whisker_filter
 from trimtab.losses.z_loss import ZLoss
 
 __all__ = [
@@ -18,9 +31,19 @@ __all__ = [
     "MESA",
     "MNDCG",
     "SAF",
+    "UNPG",
+    "AnyLoss",
+    "AnyLossLogistic",
+    "ArcFace",
+    "CosFace",
+    "CosineHead",
+    "DirectCoverage",
     "EnsLoss",
     "EpisodeSampler",
     "Indexed",
+    "InfoNCE",
+    "MagFace",
+    "MannWhitney",
     "Mixtures",
     "OutputMemory",
     "ProtoTriplet",
@@ -28,12 +51,25 @@ __all__ = [
     "SphericalSoftmaxLoss",
     "SquaredErrorLoss",
     "TaylorSoftmaxLoss",
+    "ThresholdAdaptiveScaling",
+    "UncertainBatches",
     "ZLoss",
+    "answer_log_prob",
+    "camera_bias",
+    "coverage_factor",
+    "coverage_loss",
+    "dual_encoder_scores",
     "ensloss_derivatives",
     "icnn_score",
     "make_mixtures",
+    "pair_similarities",
+    "pass_at_n",
+    "pass_at_n_unbiased",
+    "perspective",
     "prototype_logits",
     "prototypes",
+    "select_uncertain",
     "sharpness",
     "trajectory_kl",
+    "whisker_filter",
 ]

@@ -34,6 +34,7 @@ from trimtab.metrics.matching import Matches, match_detections
 from trimtab.metrics.mce import MaximumCalibrationError, maximum_calibration_error
 from trimtab.metrics.measures import COLUMNS
 from trimtab.metrics.mmce import MaximumMeanCalibrationError, maximum_mean_calibration_error
+from trimtab.metrics.ms_ssim import MultiScaleSSIM, ms_ssim, ssim
 from trimtab.metrics.nll import NegativeLogLikelihood, negative_log_likelihood
 from trimtab.metrics.pinball import PinballLoss, pinball_loss
 from trimtab.metrics.prediction_sets import (
@@ -47,9 +48,10 @@ from trimtab.metrics.prediction_sets import (
 )
 from trimtab.metrics.qce import QuantileCalibrationError, quantile_calibration_error
 from trimtab.metrics.reliability import Reliability, ReliabilityCurve, reliability_curve
+from trimtab.metrics.retrieval import PooledRetrievalAUC, pooled_retrieval_auc
 from trimtab.metrics.risk_coverage import AURC, RiskCoverage, RiskCoverageCurve, aurc, risk_coverage_curve
 from trimtab.metrics.rmsce import RootMeanSquareCalibrationError, root_mean_square_calibration_error
-from trimtab.metrics.roc import Roc, RocAuc, RocCurve, roc_auc, roc_curve
+from trimtab.metrics.roc import Roc, RocAuc, RocCurve, TarAtFar, roc_auc, roc_curve, tar_at_far
 from trimtab.metrics.smece import SmoothCalibrationError, smooth_calibration_error
 from trimtab.metrics.streaming import TableSuite, sample_rows, table_suite, table_summary
 from trimtab.metrics.summary import Summary, compare, essentials, summarise
@@ -88,8 +90,10 @@ __all__ = [
     "Matches",
     "MaximumCalibrationError",
     "MaximumMeanCalibrationError",
+    "MultiScaleSSIM",
     "NegativeLogLikelihood",
     "PinballLoss",
+    "PooledRetrievalAUC",
     "QuantileCalibrationError",
     "Reliability",
     "ReliabilityCurve",
@@ -105,6 +109,7 @@ __all__ = [
     "SmoothCalibrationError",
     "Summary",
     "TableSuite",
+    "TarAtFar",
     "ThresholdedAdaptiveCalibrationError",
     "UncertaintyCalibrationError",
     "adjusted_rand_index",
@@ -139,8 +144,10 @@ __all__ = [
     "match_detections",
     "maximum_calibration_error",
     "maximum_mean_calibration_error",
+    "ms_ssim",
     "negative_log_likelihood",
     "pinball_loss",
+    "pooled_retrieval_auc",
     "quantile_calibration_error",
     "reliability_curve",
     "risk_coverage_curve",
@@ -151,9 +158,11 @@ __all__ = [
     "set_size",
     "size_stratified_coverage",
     "smooth_calibration_error",
+    "ssim",
     "summarise",
     "table_suite",
     "table_summary",
+    "tar_at_far",
     "thresholded_adaptive_calibration_error",
     "top_label_errors",
     "uncertainty_calibration_error",

@@ -1,8 +1,9 @@
-"""Exact ROC curve and the area under it, tied scores included.
+"""Exact ROC curve, the area under it and its height at a false positive rate, tied scores included.
 
 How well a score tells two kinds apart, whatever the threshold: right from wrong predictions by confidence, or known
 from unknown inputs (`calibration_suite` gives the latter for out-of-distribution scores). It sees only the order of the
-scores, so that calibration by any increasing map leaves it as it is.
+scores, so that calibration by any increasing map leaves it as it is. Verification (are two faces one person?) runs at
+a threshold that few impostors pass: TAR at FAR is the curve's height there.
 
 Hanley, McNeil 1982; the area is the Mann-Whitney statistic, ties counting half.
 """
@@ -81,6 +82,33 @@ def roc_auc(scores: Scores, positives: Positives) -> float:
     return float(area_of(*_checked(scores, positives)))
 
 
+def tar_at_far(scores: Scores, positives: Positives, far: float = 1e-4) -> float:
+    """True accept rate at a false accept rate: the share of positives accepted where at most `far` of the others are.
+
+    Args:
+        scores: similarities of pairs (n,), any finite numbers, higher for positives; tensor or array.
+        positives: which pairs are of one identity (n,), booleans or integers 0 and 1; both kinds must occur.
+        far: the largest share of negative pairs to accept, in 0..1; below one over their number, none is.
+
+    Returns:
+        The largest share over all thresholds that keep to `far`, in 0..1; no interpolation.
+
+    Raises:
+        InputError: an argument is malformed, or only one kind occurs.
+
+    Example:
+        >>> import numpy as np
+        >>> scores, positives = np.array([0.1, 0.4, 0.4, 0.8, 0.3]), np.array([0, 0, 1, 1, 0])
+        >>> tar_at_far(scores, positives, far=0.1), tar_at_far(scores, positives, far=0.4)
+        (0.5, 1.0)
+
+    Reference:
+        Phillips, Moon, Rizvi, Rauss, "The FERET Evaluation Methodology for Face-Recognition Algorithms", PAMI 2000.
+    """
+    checks.number(far, "far", low=0.0, high=1.0)
+    return float(_height(_curve(*_checked(scores, positives)), far))
+
+
 def _checked(scores: Any, positives: Any, *, both: bool = True) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
     s = checks.tensor(scores, "scores").detach()
     if s.ndim != 1 or not s.is_floating_point() or len(s) == 0:
@@ -105,6 +133,10 @@ def _curve(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> Roc:
     true, false = (cumulative(kind, None, ends)[0] for kind in (chosen, ~chosen))
     thresholds = torch.cat([ordered.new_full((1,), torch.inf), ordered[ends - 1]])
     return Roc(false / false[-1], true / true[-1], thresholds)
+
+
+def _height(curve: Roc, false_positive_rate: float) -> Tensor:
+    return curve.true_positive_rate[curve.false_positive_rate <= false_positive_rate][-1]
 
 
 class _ScoreMetric(Metric):
@@ -159,3 +191,25 @@ class RocAuc(_ScoreMetric):
     def compute(self) -> Tensor:
         """The area of all batches together."""
         return area_of(dim_zero_cat(self.scores), _both_kinds(dim_zero_cat(self.positives)))[0]
+
+
+class TarAtFar(_ScoreMetric):
+    """`tar_at_far` over batches of pairs; its state is all scores.
+
+    Example:
+        >>> import torch
+        >>> metric = TarAtFar(far=0.1)
+        >>> metric.update(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([0, 0, 1, 1]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = True
+
+    def __init__(self, far: float = 1e-4, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.far = checks.number(far, "far", low=0.0, high=1.0)
+
+    def compute(self) -> Tensor:
+        """The share of all batches together."""
+        return _height(_curve(dim_zero_cat(self.scores), _both_kinds(dim_zero_cat(self.positives))), self.far)

@@ -30,6 +30,7 @@ from trimtab.adaptation.prepared import Prepared
 from trimtab.core import checks, modules
 from trimtab.core.checks import InputError
 from trimtab.core.modules import BATCH_NORMS, device_of, held
+from trimtab.core.precision import HALF, widened
 from trimtab.core.predictions import logits_of
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -157,7 +158,7 @@ class Adapter(nn.Module):
                     raise InputError(
                         f"parameters_of must choose parameters of the model by their full names in it, {name!r} is none"
                     )
-                if parameter.dtype in (torch.float16, torch.bfloat16):
+                if parameter.dtype in HALF:
                     raise InputError(
                         f"model must hold the parameters that move in float32, {name!r} is {parameter.dtype}: "
                         "small updates would be lost; keep them in float32 and run the stream under torch.autocast"
@@ -251,7 +252,7 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.moving.values()):
+        if any(parameter.dtype in HALF for parameter in self.moving.values()):
             raise InputError("the adapter must stay in float32: small updates would be lost; use torch.autocast")
         return self
 
@@ -271,7 +272,7 @@ class Adapter(nn.Module):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             wanted = "(n, c) or (n, c, ...)" if self.dense else "(n, c)"
             raise InputError(f"model must return logits {wanted} with c >= 2, it returned {shape}")
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return widened(logits)
 
     def _with_features(
         self, network: Callable[..., Any], head: nn.Module, x: Inputs

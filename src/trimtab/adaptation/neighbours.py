@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
+from trimtab.core.precision import widened
 
 Confidence = Literal["double_softmax", "prob"]
 _SMOOTHING = 1e-5
@@ -94,7 +95,7 @@ class NonParametricClassifier(nn.Module):
         labels = checks.labels(labels, len(features), self.classes)
         if self.max_size is not None and self.max_size < len(features):
             raise InputError(f"max_size must be at least {len(features)}, the rows of the source, got {self.max_size}")
-        self.memory = F.normalize(_single(features.detach()).to(self.memory.device), dim=1)
+        self.memory = F.normalize(widened(features.detach()).to(self.memory.device), dim=1)
         self.labels = labels.to(self.memory.device)
         self.given.fill_(len(labels))
         return self
@@ -142,7 +143,7 @@ class NonParametricClassifier(nn.Module):
     def _checked(self, features: Tensor) -> Tensor:
         if not len(self.memory):
             raise InputError("features must be fitted first: the memory is empty")
-        return _single(checks.matrix(features, "features", columns=self.memory.shape[1]).detach())
+        return widened(checks.matrix(features, "features", columns=self.memory.shape[1]).detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name, buffer in self.named_buffers(recurse=False):
@@ -301,7 +302,3 @@ def _blocks(memory: Tensor, n: int) -> Iterable[tuple[int, Tensor]]:
 def normalised(shares: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
     """Rows that sum to one."""
     return shares / shares.sum(1, keepdim=True)
-
-
-def _single(features: Tensor) -> Tensor:
-    return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features

@@ -20,6 +20,7 @@ from trimtab.adaptation import state
 from trimtab.adaptation.prepared import Prepared
 from trimtab.core import checks, modules, progress
 from trimtab.core.checks import InputError
+from trimtab.core.precision import HALF
 from trimtab.core.predictions import logits_of, take_apart
 
 _ANNEALING = 3
@@ -103,7 +104,7 @@ def fit_posterior(
     """
     device = modules.device_of(model)
     network = deepcopy(model).eval().requires_grad_(True)
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in network.parameters()):
+    if any(parameter.dtype in HALF for parameter in network.parameters()):
         raise InputError("model must hold its weights in float32 to be fine-tuned: small updates would be lost")
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
     swag = SwagDiagonal(network)

@@ -18,6 +18,7 @@ from trimtab.audit.correct import Settings, triple
 from trimtab.audit.result import ShiftCell, Triple
 from trimtab.audit.setup import Setup
 from trimtab.core.checks import InputError
+from trimtab.core.persist import write_text
 from trimtab.core.predictions import Predictions
 from trimtab.core.progress import OutOfTime, in_time, limit, track
 from trimtab.core.stats import paired_share
@@ -33,7 +34,8 @@ class Pair:
     Attributes:
         shift, adapter: names.
         before: file of what the model, as it is, says about the same stream.
-        prepared: file for what the adapter must know beforehand: read where it exists, made where not.
+        prepared: file for what the adapter must know beforehand: read where it exists, made where not. A refusal is
+            kept beside it.
     """
 
     shift: str
@@ -72,9 +74,16 @@ def _built(setup: Setup, pair: Pair) -> Adapter:
     kind = KINDS[pair.adapter]
     if kind.preparation == "none":
         return kind(setup.model)
+    refused = pair.prepared.with_suffix(".refused")
+    if refused.is_file():
+        raise InputError(refused.read_text(encoding="utf-8"))
     if not pair.prepared.is_file():
         known = setup.calibration if setup.train is None else setup.train
-        kind.prepare(setup.model, known).save(pair.prepared)
+        try:
+            kind.prepare(setup.model, known).save(pair.prepared)
+        except InputError as error:  # a pass over the source, not to be made again for every shift
+            write_text(refused, str(error))
+            raise
     return kind(setup.model, prepared=Prepared.load(pair.prepared))  # type: ignore[call-arg]
 
 

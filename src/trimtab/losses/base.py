@@ -8,15 +8,15 @@ only: a graph that `torch.compile` traces does not wait for them.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
+from trimtab.core.precision import full_precision as full_precision
+from trimtab.core.precision import widened as widened
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -42,16 +42,6 @@ def same_device(**tensors: Tensor) -> None:
     for name, device in others:
         if device != there:
             raise InputError(f"{name} must be on the device of {first}, {there}, got {device}")
-
-
-def widened(x: Tensor) -> Tensor:
-    """`x` in float32 where it is in half precision; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[None]:
-    """A context without autocast on the device of `x`: matrix products within it are not narrowed again."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def reduced(values: Tensor, reduction: Reduction) -> Tensor:

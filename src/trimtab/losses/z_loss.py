@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from trimtab.core import checks
 from trimtab.losses import base
 from trimtab.losses.base import Reduction
+from trimtab.losses.moments import moments
 
 
 class ZLoss(nn.Module):
@@ -65,9 +66,9 @@ class ZLoss(nn.Module):
     def forward(self, logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, "..."]:
         """The loss of logits (n, c) at labels (n,)."""
         logits, labels = base.pair(logits, labels)
-        variance, mean = torch.var_mean(logits, 1, correction=0)
+        target, mean, variance = moments(logits, labels)
         rounding = (torch.finfo(mean.dtype).eps * mean).square()
-        return self._of_moments(logits.gather(1, labels[:, None])[:, 0], mean, variance, rounding)
+        return self._of_moments(target, mean, variance, rounding)
 
     def of_sums(
         self, target: Float[Tensor, " n"], squares: Float[Tensor, " n"], total: Float[Tensor, " n"], classes: int

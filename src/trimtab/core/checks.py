@@ -70,6 +70,11 @@ def within(value: Tensor, name: str, low: float, high: float) -> Tensor:
 
 def matrix(value: Any, name: str, *, columns: int | None = None, min_columns: int = 1) -> Float[Tensor, "n c"]:
     """A finite floating-point (n, c) tensor with n >= 1."""
+    return finite(_shaped(value, name, columns, min_columns), name)
+
+
+def _shaped(value: Any, name: str, columns: int | None, min_columns: int) -> Tensor:
+    """`matrix` without a look at the values."""
     x = tensor(value, name)
     if x.ndim != 2:
         raise InputError(f"{name} must have shape (n, c), got {tuple(x.shape)}")
@@ -81,7 +86,7 @@ def matrix(value: Any, name: str, *, columns: int | None = None, min_columns: in
         raise InputError(f"{name} must have {columns} columns, got {x.shape[1]}")
     if x.shape[1] < min_columns:
         raise InputError(f"{name} must have at least {min_columns} columns, got {x.shape[1]}")
-    return finite(x, name)
+    return x
 
 
 def logits(value: Any, name: str = "logits", *, classes: int | None = None) -> Float[Tensor, "n c"]:
@@ -91,15 +96,15 @@ def logits(value: Any, name: str = "logits", *, classes: int | None = None) -> F
 
 def probabilities(value: Any, name: str = "probs", *, atol: float = 1e-3) -> Float[Tensor, "n c"]:
     """Probabilities: an (n, c) tensor in [0, 1] whose rows sum to one within `atol`."""
-    p = matrix(value, name, min_columns=2)
+    p = _shaped(value, name, None, 2)
     if unread(p):
         return p
-    low, high = torch.aminmax(p)
-    if low < 0 or high > 1 + atol:
-        bad = (p < 0) | (p > 1 + atol)
+    low, high = torch.aminmax(p.detach())
+    if not bool((low >= 0) & (high <= 1 + atol)):
+        bad = (finite(p, name) < 0) | (p > 1 + atol)
         value_there = p.flatten()[bad.flatten().to(torch.uint8).argmax()].item()
         raise InputError(f"{name} must lie in [0, 1], found {value_there:.6g} at {first_bad(bad)}")
-    total = p.sum(1, dtype=torch.promote_types(p.dtype, torch.float32))
+    total = p.detach().sum(1, dtype=torch.promote_types(p.dtype, torch.float32))
     bad = (total - 1).abs() > atol
     if bool(bad.any()):
         row = int(bad.to(torch.uint8).argmax())

@@ -12,14 +12,21 @@ from trimtab.losses import (
     MESA,
     MNDCG,
     SAF,
+    UNPG,
     AnyLoss,
+    ArcFace,
+    CosFace,
     DirectCoverage,
     EnsLoss,
+    InfoNCE,
+    MagFace,
+    MannWhitney,
     ProtoTriplet,
     RankMixup,
     SphericalSoftmaxLoss,
     SquaredErrorLoss,
     TaylorSoftmaxLoss,
+    ThresholdAdaptiveScaling,
     ZLoss,
     make_mixtures,
 )
@@ -121,7 +128,13 @@ def averaged(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, 
 
 def keypoints(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Keypoints and their labels."""
-    return tuple(torch.randn(2, n, 3, 2, generator=generator, dtype=torch.float64).unbind())
+    said, labels = torch.randn(2, n, 3, 2, generator=generator, dtype=torch.float64)
+    return said, (labels,)
+
+
+def embedded(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Embeddings of some classes, and labels."""
+    return 5 * torch.randn(n, 8, generator=generator, dtype=torch.float64), (torch.arange(n) % 3,)
 
 
 BUILDERS: dict[str, Builder] = {
@@ -134,6 +147,13 @@ BUILDERS: dict[str, Builder] = {
     "DirectCoverage, classes": Builder(partial(DirectCoverage, samples=16), classified, differentiable=False),
     "EnsLoss": Builder(EnsLoss, binary, compiled=False, differentiable=False),
     "EnsLoss, noise": Builder(partial(EnsLoss, tail=False), noisy),
+    "ArcFace": Builder(partial(ArcFace, 8, 3), embedded),
+    "CosFace": Builder(partial(CosFace, 8, 3), embedded),
+    "MagFace": Builder(partial(MagFace, 8, 3), embedded),
+    "UNPG": Builder(lambda: UNPG(ArcFace(8, 3, scale=16)), embedded, smallest=2),
+    "InfoNCE": Builder(partial(InfoNCE, temperature=1), classified),
+    "MannWhitney": Builder(partial(MannWhitney, temperature=1), classified),
+    "MannWhitney, paper": Builder(partial(MannWhitney, reduction="paper"), classified),
     "MESA": Builder(partial(MESA, nn.Identity(), start=0), averaged),
     "MNDCG": Builder(MNDCG, mixed(3)),
     "RankMixup": Builder(RankMixup, mixed(1)),
@@ -145,5 +165,6 @@ BUILDERS: dict[str, Builder] = {
     "SphericalSoftmaxLoss": Builder(SphericalSoftmaxLoss, classified),
     "SquaredErrorLoss": Builder(SquaredErrorLoss, classified),
     "TaylorSoftmaxLoss": Builder(TaylorSoftmaxLoss, classified),
+    "ThresholdAdaptiveScaling": Builder(partial(ThresholdAdaptiveScaling, 1.0), keypoints),
     "ZLoss": Builder(ZLoss, classified),
 }

@@ -2,6 +2,7 @@
 
 from trimtab.losses.anyloss import AnyLoss
 from trimtab.losses.anyloss_logistic import AnyLossLogistic
+from trimtab.losses.certified import CertifiedIBP, CertifiedTerms, ErrorRates, SmoothedEps, ibp_init_
 from trimtab.losses.cosine_head import CosineHead
 from trimtab.losses.direct_coverage import DirectCoverage, answer_log_prob, coverage_factor, coverage_loss
 from trimtab.losses.ensloss import EnsLoss, ensloss_derivatives
@@ -11,6 +12,7 @@ from trimtab.losses.info_nce import InfoNCE
 from trimtab.losses.mann_whitney import MannWhitney
 from trimtab.losses.margin_softmax import ArcFace, CosFace, MagFace
 from trimtab.losses.mixtures import Mixtures, make_mixtures
+from trimtab.losses.ms_ssim import MSSSIM, ExpectedLossVAE
 from trimtab.losses.output_memory import OutputMemory
 from trimtab.losses.pass_at_n import pass_at_n, pass_at_n_unbiased
 from trimtab.losses.projection import camera_bias, perspective
@@ -30,16 +32,21 @@ __all__ = [
     "ICNN",
     "MESA",
     "MNDCG",
+    "MSSSIM",
     "SAF",
     "UNPG",
     "AnyLoss",
     "AnyLossLogistic",
     "ArcFace",
+    "CertifiedIBP",
+    "CertifiedTerms",
     "CosFace",
     "CosineHead",
     "DirectCoverage",
     "EnsLoss",
     "EpisodeSampler",
+    "ErrorRates",
+    "ExpectedLossVAE",
     "Indexed",
     "InfoNCE",
     "MagFace",
@@ -48,6 +55,7 @@ __all__ = [
     "OutputMemory",
     "ProtoTriplet",
     "RankMixup",
+    "SmoothedEps",
     "SphericalSoftmaxLoss",
     "SquaredErrorLoss",
     "TaylorSoftmaxLoss",
@@ -60,6 +68,7 @@ __all__ = [
     "coverage_loss",
     "dual_encoder_scores",
     "ensloss_derivatives",
+    "ibp_init_",
     "icnn_score",
     "make_mixtures",
     "pair_similarities",

@@ -10,10 +10,11 @@ sharpness. `trimtab.losses.sharpness` measures R.
 Paper: Du, Zhou, Feng, Tan, Zhou, "Sharpness-Aware Training for Free", NeurIPS 2022 (arXiv:2205.14083). The authors'
 code (AngusDujw/SAF) is followed where it differs: the divergence is multiplied by temperature^2 (25), which the
 paper's Eq. 8 leaves out while its weights 0.3 and 0.8 are the run script's; MESA asks the average before it takes the
-step's weights in, where Algorithm 1 takes them in first. Epochs count from 0 and both bounds are strict: ``start=5`` begins in
-the seventh epoch. Departures: the logarithm of the softmax is taken in one step (theirs is -inf for gaps above a
-hundred temperatures); a sample whose outputs were not kept `lookback` epochs ago adds nothing to the divergence, where
-theirs is drawn to the uniform distribution, or to older outputs; integer buffers of the average are copied.
+step's weights in, where Algorithm 1 takes them in first. Epochs count from 0 and both bounds are strict: ``start=5``
+begins in the seventh epoch. Departures: the logarithm of the softmax is taken in one step (theirs is -inf for gaps
+above a hundred temperatures); a sample whose outputs were not kept `lookback` epochs ago adds nothing to the
+divergence, where theirs is drawn to the uniform distribution, or to older outputs; integer buffers of the average are
+copied.
 """
 
 from __future__ import annotations

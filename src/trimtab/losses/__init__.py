@@ -3,6 +3,8 @@
 from trimtab.losses.anyloss import AnyLoss
 from trimtab.losses.anyloss_logistic import AnyLossLogistic
 from trimtab.losses.certified import CertifiedIBP, CertifiedTerms, ErrorRates, SmoothedEps, ibp_init_
+from trimtab.losses.augcal import AugCal
+from trimtab.losses.calibration_terms import DCA, MDCA, MMCE
 from trimtab.losses.cosine_head import CosineHead
 from trimtab.losses.direct_coverage import DirectCoverage, answer_log_prob, coverage_factor, coverage_loss
 from trimtab.losses.ensloss import EnsLoss, ensloss_derivatives

@@ -217,5 +217,7 @@ def test_settings_out_of_range_are_refused():
         ensloss_derivatives(torch.zeros(2), torch.zeros(3))
     with pytest.raises(InputError, match="noise must have 2 entries, one for each sample, got 3"):
         EnsLoss()(torch.zeros(2), torch.zeros(2), torch.zeros(3))
+    with pytest.raises(InputError, match="noise must be on the device of scores, cpu, got meta"):
+        EnsLoss()(torch.zeros(2), torch.zeros(2), torch.zeros(2, device="meta"))
     with pytest.raises(InputError, match="epoch must be at least 0"):
         EnsLoss(lam_period=1).set_epoch(-1)

@@ -3,18 +3,19 @@
 A dropout over losses, for networks with one output that are trained long past zero training error. Gradient descent
 needs of a loss phi(margin) only its derivative at the batch's margins, and numbers are derivatives of some convex
 calibrated loss if they do not fall with the margin and are negative where the margin is not above 0 (Bartlett, Jordan,
-McAuliffe 2006). So they are drawn at random and sorted like the margins. Its value means nothing: watch the accuracy or
-a fixed loss instead, also for early stopping. Batches should be large enough to be ordered: with gradient accumulation
-each small batch is ordered by itself.
+McAuliffe 2006). So they are drawn at random and sorted like the margins. The value that is returned means nothing:
+watch the accuracy or a fixed loss instead, also for early stopping. Batches should be large enough to be ordered: with
+gradient accumulation each small batch is ordered by itself.
 
 Dai (ICML 2025), arXiv 2409.00908; the authors' code (statmlben/ensLoss) is followed, which clamps the derivatives at -1
 and keeps them below -1e-6. Theirs draws on the CUDA device from the global state; here a generator of its own, saved
-with the module. All their published runs keep lam = 0, where half of all derivatives are exactly -1, as the hinge
-loss's: `lam_period` redraws it. The order of equal margins is left to chance there; here it is the batch's.
+with the module. The order of equal margins is left to chance there; here it is the batch's.
 
-What we found: it generalises better than the hinge loss, but not than the logistic loss in multilayer perceptrons (see
-the claim); the authors' own runs on Bioresponse say the same. They report gains over it in convolutional networks
-trained for long without augmentation.
+What we found: whatever lam, every normal number above 0 gives a slope below -1, which is clamped. Half of the batch,
+the smallest margins, is driven as by the hinge loss, and lam shapes only the other half; all published runs keep it at
+0. In perceptrons that learn noisy labels by heart (see the claim) EnsLoss is right on 78.3 % of clean images, the hinge
+loss on 77.6 %, the logistic loss on 78.2 %, the exponential one on 78.3 %: the gain over the logistic loss that the
+paper reports for convolutional networks does not appear, as in the authors' own runs of a perceptron on Bioresponse.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class EnsLoss(nn.Module):
 
     Args:
         lam: shape of the inverse Box-Cox transform that turns normal numbers into slopes; 0, exp, as in all published
-            runs. Larger values give flatter ramps, with exact zeros; smaller ones more slopes of -clamp.
+            runs. Above 0 slopes come nearer to 0 and reach it, below 0 they stay nearer to the clamp.
         lam_period: `set_epoch` redraws lam uniformly from (-1, 1) at epochs that this divides; None, never.
-        tail: divide derivatives at margins above 1 by the margin, so that the loss grows no faster than a logarithm
-            there, as in the paper.
+        tail: divide derivatives at margins above 1 by the margin, so that the loss falls there no faster than minus
+            the logarithm, as in the paper.
         clamp: the steepest slope, > 0; 1 as the authors.
         eps: keeps the derivatives below zero, >= 0; 1e-6 as the authors.
         label_format: ``"01"`` for labels 0 and 1, ``"pm1"`` for -1 and 1.
@@ -108,11 +109,12 @@ class EnsLoss(nn.Module):
         Raises:
             InputError: a shape, type, device or value is wrong; more than two classes.
         """
-        same_device(scores=scores, labels=labels, noise=scores if noise is None else noise)
+        same_device(scores=scores, labels=labels)
         f = widened(_scores(scores))
         margins = f * _signs(labels, f, self.label_format)
         if noise is None:
-            noise = torch.randn(len(f), generator=self.generator, device=self.generator.device).to(f)
+            device = self.generator.device
+            noise = torch.randn(len(f), generator=self.generator, device=device, dtype=torch.float32).to(f)
         else:
             noise = _noise(noise, f)
         slopes = _derivatives(margins.detach(), noise, self.lam, self.tail, self.clamp, self.eps)
@@ -161,15 +163,15 @@ def ensloss_derivatives(
     Reference:
         Dai, arXiv 2409.00908.
     """
-    same_device(margins=margins, noise=noise)
     z = widened(_scores(margins, "margins"))
     checks.number(clamp, "clamp", low=0, low_open=True)
     checks.number(eps, "eps", low=0)
-    shape = torch.tensor(checks.number(lam, "lam"), dtype=z.dtype, device=z.device)
+    shape = torch.tensor(checks.number(lam, "lam"), dtype=z.dtype)
     return _derivatives(z.detach(), _noise(noise, z), shape, tail, clamp, eps)
 
 
 def _derivatives(margins: Tensor, noise: Tensor, lam: Tensor, tail: bool, clamp: float, eps: float) -> Tensor:
+    lam = lam.to(noise)
     # log of the inverse Box-Cox transform, max(1 + lam noise, 0)^(1 / lam)
     log_slopes = torch.where(lam == 0, noise, (lam * noise).clamp(min=-1).log1p() / lam)
     slopes = (-log_slopes.exp().clamp(max=clamp)).sort().values
@@ -191,6 +193,7 @@ def _scores(value: Tensor, name: str = "scores") -> Tensor:
 
 def _noise(value: Tensor, scores: Tensor) -> Tensor:
     """One finite number for each score, in its precision."""
+    same_device(scores=scores, noise=value)
     noise = _scores(value, "noise").to(scores.dtype)
     if noise.shape != scores.shape:
         raise InputError(f"noise must have {len(scores)} entries, one for each sample, got {len(noise)}")

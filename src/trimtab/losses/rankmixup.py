@@ -105,8 +105,7 @@ class RankMixup(_RankedMixtures):
     count, see `masking`. A batch of one is its own mixture: the ranking is 0.
 
     Args:
-        margin: by how much the image is to be surer; >= 0 or below to allow for more confident mixtures. 2 as the
-            authors for CIFAR-10, who take 1 for Tiny-ImageNet.
+        margin: by how much the image is to be surer. 2 as the authors for CIFAR-10, who take 1 for Tiny-ImageNet.
         weight: of the ranking, >= 0; 0.1 as the authors.
         on: ``"logits"`` as in the code, or ``"probs"`` as in the paper, where margins are below 1.
         masking: ``"official"``, the code's: the mean of all hinges times the share of mixtures of two classes;

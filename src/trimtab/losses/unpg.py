@@ -146,7 +146,7 @@ def whisker_filter(similarities: Float[Tensor, " m"], wisk: float = 1.5) -> Floa
     ordered = checks.finite(similarities, "similarities").sort().values
     if not len(ordered):
         return ordered
-    low, high = _whiskers(ordered.detach(), torch.tensor(len(ordered)), wisk)
+    low, high = _whiskers(ordered.detach(), torch.tensor(len(ordered), device=ordered.device), wisk)
     return ordered[(ordered >= low) & (ordered <= high)]
 
 
@@ -170,6 +170,7 @@ def _sorted(values: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
 
 def _whiskers(ordered: Float[Tensor, " m"], count: Int[Tensor, ""], wisk: float) -> tuple[Tensor, Tensor]:
     """The ends of the whiskers of the first `count` sorted values."""
-    first, third = ordered[count // 4], ordered[3 * count // 4]
+    # one look-up by tensor: a number from the device would be waited for, and break a traced graph
+    first, third = ordered.index_select(0, torch.stack([count // 4, 3 * count // 4])).unbind()
     reach = wisk * (third - first)
     return first - reach, third + reach

@@ -11,13 +11,16 @@ from trimtab.losses import (
     ICNN,
     MESA,
     MNDCG,
+    MSSSIM,
     SAF,
     UNPG,
     AnyLoss,
     ArcFace,
+    CertifiedIBP,
     CosFace,
     DirectCoverage,
     EnsLoss,
+    ExpectedLossVAE,
     InfoNCE,
     MagFace,
     MannWhitney,
@@ -137,14 +140,37 @@ def embedded(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, 
     return 5 * torch.randn(n, 8, generator=generator, dtype=torch.float64), (torch.arange(n) % 3,)
 
 
+def pictures(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Small images, and images that resemble them."""
+    images, other = torch.rand(2, n, 1, 9, 8, generator=generator, dtype=torch.float64)
+    return images, (0.7 * images + 0.3 * other,)
+
+
+def encoded(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Small images, what they shall be, and the means and logarithmic variances of their codes."""
+    images, rest = pictures(n, generator)
+    return images, (*rest, *torch.randn(2, n, 3, generator=generator, dtype=torch.float64))
+
+
+def certified() -> CertifiedIBP:
+    """A small network to certify, with inputs of any size."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    return CertifiedIBP(model, eps=0.1, pixels=None)
+
+
 BUILDERS: dict[str, Builder] = {
     "cross_entropy": Builder(CrossEntropy, classified),
     "AnyLoss": Builder(partial(AnyLoss, from_logits=True), binary, smallest=2),
     "AnyLoss, gmean": Builder(
         partial(AnyLoss, metric="gmean", amplification=10, from_logits=True), partial(classified, classes=2), smallest=2
     ),
+    "CertifiedIBP": Builder(certified, embedded, smallest=2),
+    "CertifiedIBP, warm-up": Builder(certified, embedded, lambda loss, x, y: loss(x, y, 0.03), smallest=2),
     "DirectCoverage": Builder(partial(DirectCoverage, samples=4), answers, differentiable=False),
     "DirectCoverage, classes": Builder(partial(DirectCoverage, samples=16), classified, differentiable=False),
+    "ExpectedLossVAE": Builder(lambda: ExpectedLossVAE(MSSSIM(data_range=1, scales=2, win_size=3), weight=2), encoded),
     "EnsLoss": Builder(EnsLoss, binary, compiled=False, differentiable=False),
     "EnsLoss, noise": Builder(partial(EnsLoss, tail=False), noisy),
     "ArcFace": Builder(partial(ArcFace, 8, 3), embedded),
@@ -156,6 +182,7 @@ BUILDERS: dict[str, Builder] = {
     "MannWhitney, paper": Builder(partial(MannWhitney, reduction="paper"), classified),
     "MESA": Builder(partial(MESA, nn.Identity(), start=0), averaged),
     "MNDCG": Builder(MNDCG, mixed(3)),
+    "MSSSIM": Builder(partial(MSSSIM, data_range=1, scales=2, win_size=3), pictures),
     "RankMixup": Builder(RankMixup, mixed(1)),
     "RankMixup, probs": Builder(partial(RankMixup, on="probs", margin=0.2, masking="elementwise"), mixed(1)),
     "ICNN": Builder(partial(ICNN, k=2), partial(classified, classes=2), smallest=3),

@@ -232,7 +232,7 @@ def _warm_up(box: Interval, before_relu: list[Interval], tolerance: float) -> tu
 def _imbalance(layer: Interval, tolerance: float) -> Tensor:
     """How far units that are surely active and surely inactive are from the same mean and the same variance."""
     centre = layer.centre
-    active, inactive = layer.lower.detach() > 0, layer.upper.detach() < 0
+    active, inactive = centre > layer.radius, centre < -layer.radius
     square = (centre - centre.mean()).square()
     means = (centre * active).mean(), -(centre * inactive).mean()
     variances = (square * active).sum(), (square * inactive).sum()
@@ -265,7 +265,7 @@ def ibp_init_(model: nn.Module, *, generator: torch.Generator | None = None) -> 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 10))
         >>> _ = ibp_init_(model, generator=torch.Generator().manual_seed(0))
-        >>> round(float(model[0].weight.std()) * 64 / math.sqrt(2 * math.pi), 1)
+        >>> round(model[0].weight.std().item() * 64 / math.sqrt(2 * math.pi), 1)
         1.0
 
     Reference:
@@ -305,7 +305,7 @@ class SmoothedEps:
     Example:
         >>> schedule = SmoothedEps(0.1, start=2, length=4, batches=2)
         >>> [round(schedule.step(), 4) for _ in range(12)]
-        [0.0, 0.0, 0.0, 0.0018, 0.0145, 0.0314, 0.0482, 0.0651, 0.0819, 0.0988, 0.1, 0.1]
+        [0.0, 0.0, 0.0, 0.0005, 0.0077, 0.0231, 0.0385, 0.0538, 0.0692, 0.0846, 0.1, 0.1]
 
     Reference:
         Shi et al., NeurIPS 2021, https://arxiv.org/abs/2103.17268; the schedule is auto_LiRPA's.

@@ -16,6 +16,7 @@ anti-correlated with their targets, as at the start of training. `metrics.ms_ssi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -50,6 +51,7 @@ class MSSSIM(nn.Module):
         InputError: an argument is out of range.
 
     Example:
+        >>> import torch
         >>> loss = MSSSIM(data_range=1.0, scales=3, win_size=5)
         >>> x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
         >>> outputs = (0.5 * x).requires_grad_()
@@ -109,6 +111,7 @@ class ExpectedLossVAE(nn.Module):
         InputError: the weight is not positive.
 
     Example:
+        >>> import torch
         >>> objective = ExpectedLossVAE(nn.MSELoss(), weight=100.0)
         >>> x = torch.zeros(2, 1, 4, 4)
         >>> objective(x, x, torch.zeros(2, 3), torch.zeros(2, 3))
@@ -144,6 +147,7 @@ class ExpectedLossVAE(nn.Module):
         same_device(outputs=outputs, mean=mean, log_variance=log_variance)
         mean = widened(checks.matrix(mean, "mean"))
         log_variance = widened(checks.matrix(log_variance, "log_variance", columns=mean.shape[1]))
+        checks.within(log_variance, "log_variance", -math.inf, 80.0)  # beyond it its exponential overflows
         if not len(outputs) == len(mean) == len(log_variance):
             raise InputError(
                 f"outputs, mean and log_variance must have one row a sample, got {len(outputs)}, {len(mean)} and "

@@ -46,26 +46,6 @@ class Interval(NamedTuple):
         """The boxes' upper ends."""
         return self.centre + self.radius
 
-    def each(self, linear: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Interval:
-        """Through a linear function without negative weights: a mean, another shape."""
-        return Interval(*(linear(part, *args, **kwargs) for part in self))
-
-    def ends(self, monotone: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Interval:
-        """Through a function that never falls where an input rises."""
-        clean, lower, upper = (monotone(part, *args, **kwargs) for part in (self.clean, self.lower, self.upper))
-        return Interval(clean, (lower + upper) / 2, (upper - lower) / 2)
-
-    def affine(self, layer: Callable[..., Tensor], weight: Tensor, bias: Tensor | None) -> Interval:
-        """Through ``layer(x, weight, bias)``, which is linear in x and weight."""
-        clean, centre = layer(torch.cat((self.clean, self.centre)), weight, bias).chunk(2)
-        return Interval(clean, centre, layer(self.radius, weight.abs(), None))
-
-    def relu(self) -> Interval:
-        """Through a ReLU: the radius stays where the box is above zero, and is half the upper end where it is cut."""
-        top = self.upper.relu()
-        radius = torch.minimum(top, 2 * self.radius) / 2
-        return Interval(self.clean.relu(), top - radius, radius)
-
 
 class Margins(NamedTuple):
     """What a classifier gives for inputs and for the boxes about them.
@@ -124,7 +104,7 @@ class IntervalBounds(nn.Module):
         """The logits of the inputs, and bounds of the logits over their boxes."""
         last, _ = self._before_head(box)
         head = self.head
-        return last.affine(F.linear, head.weight, head.bias)
+        return _linear(head, last)
 
     def margins(self, box: Interval, labels: Int[Tensor, " n"]) -> Margins:
         """The logits of the inputs, and lower bounds of the margins by which the labels win over their boxes.
@@ -226,12 +206,18 @@ def _filled(arg: Any, values: dict[str, Any]) -> Any:
     return tuple(_filled(a, values) for a in arg) if isinstance(arg, (tuple, list)) else arg
 
 
+def _affine(box: Interval, layer: Callable[..., Tensor], weight: Tensor, bias: Tensor | None) -> Interval:
+    """Through ``layer(x, weight, bias)``, which is linear in x and weight."""
+    clean, centre = layer(torch.cat((box.clean, box.centre)), weight, bias).chunk(2)
+    return Interval(clean, centre, layer(box.radius, weight.abs(), None))
+
+
 def _linear(layer: nn.Linear, box: Interval) -> Interval:
-    return box.affine(F.linear, layer.weight, layer.bias)
+    return _affine(box, F.linear, layer.weight, layer.bias)
 
 
 def _convolution(layer: _ConvNd, box: Interval) -> Interval:
-    return box.affine(layer._conv_forward, layer.weight, layer.bias)
+    return _affine(box, layer._conv_forward, layer.weight, layer.bias)
 
 
 def _batch_norm(layer: _BatchNorm, box: Interval) -> Interval:
@@ -252,7 +238,10 @@ def _batch_norm(layer: _BatchNorm, box: Interval) -> Interval:
 
 
 def _relu(layer: nn.Module | None, box: Interval, **_: Any) -> Interval:
-    return box.relu()
+    """The radius stays where the box is above zero, and is half the upper end where it is cut."""
+    top = (box.centre + box.radius).relu()
+    radius = torch.minimum(top, 2 * box.radius) / 2
+    return Interval(box.clean.relu(), top - radius, radius)
 
 
 def _dropout(layer: nn.Module, box: Interval) -> Interval:
@@ -267,10 +256,6 @@ def _sum(layer: None, left: Any, right: Any) -> Interval:
     return Interval(*(a + b for a, b in zip(left, right)))
 
 
-def _item(layer: None, of: Any, index: Any) -> Any:
-    return of.each(operator.getitem, index) if isinstance(of, Interval) else of[index]
-
-
 def _attribute(layer: None, box: Interval, name: str) -> Any:
     if name != "shape":
         raise InputError(f"model must read no attribute of an activation but its shape, found {name}")
@@ -282,11 +267,27 @@ def _size(layer: None, box: Interval, *axis: int) -> Any:
 
 
 def _each(function: Callable[..., Tensor]) -> Callable[..., Interval]:
-    return lambda layer, box, *args, **kwargs: box.each(function, *args, **kwargs)
+    """Through a linear function without negative weights: a mean, another shape."""
+
+    def rule(layer: None, box: Interval, *args: Any, **kwargs: Any) -> Interval:
+        return Interval(*(function(part, *args, **kwargs) for part in box))
+
+    return rule
 
 
 def _ends(function: Callable[..., Tensor]) -> Callable[..., Interval]:
-    return lambda layer, box, *args, **kwargs: box.ends(function, *args, **kwargs)
+    """Through a function that never falls where an input rises."""
+
+    def rule(layer: None, box: Interval, *args: Any, **kwargs: Any) -> Interval:
+        parts = (box.clean, box.centre - box.radius, box.centre + box.radius)
+        clean, lower, upper = (function(part, *args, **kwargs) for part in parts)
+        return Interval(clean, (lower + upper) / 2, (upper - lower) / 2)
+
+    return rule
+
+
+def _item(layer: None, of: Any, index: Any) -> Any:
+    return Interval(*(part[index] for part in of)) if isinstance(of, Interval) else of[index]
 
 
 _LAYERS: tuple[tuple[tuple[type[nn.Module], ...], Callable[..., Any]], ...] = (
@@ -297,9 +298,9 @@ _LAYERS: tuple[tuple[tuple[type[nn.Module], ...], Callable[..., Any]], ...] = (
     ((nn.Dropout, nn.Dropout1d, nn.Dropout2d), _dropout),
     (
         (nn.Identity, nn.Flatten, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
-        lambda layer, box: box.each(layer),
+        lambda layer, box: _each(layer)(None, box),
     ),
-    ((nn.MaxPool1d, nn.MaxPool2d, nn.Sigmoid, nn.Tanh, nn.Softplus), lambda layer, box: box.ends(layer)),
+    ((nn.MaxPool1d, nn.MaxPool2d, nn.Sigmoid, nn.Tanh, nn.Softplus), lambda layer, box: _ends(layer)(None, box)),
 )
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(SUMS, _sum),

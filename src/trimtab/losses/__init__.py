@@ -2,9 +2,9 @@
 
 from trimtab.losses.anyloss import AnyLoss
 from trimtab.losses.anyloss_logistic import AnyLossLogistic
-from trimtab.losses.certified import CertifiedIBP, CertifiedTerms, ErrorRates, SmoothedEps, ibp_init_
-from trimtab.losses.augcal import AugCal
+from trimtab.losses.augcal import AugCal, AugCalTerms
 from trimtab.losses.calibration_terms import DCA, MDCA, MMCE
+from trimtab.losses.certified import CertifiedIBP, CertifiedTerms, ErrorRates, SmoothedEps, ibp_init_
 from trimtab.losses.cosine_head import CosineHead
 from trimtab.losses.direct_coverage import DirectCoverage, answer_log_prob, coverage_factor, coverage_loss
 from trimtab.losses.ensloss import EnsLoss, ensloss_derivatives
@@ -14,9 +14,11 @@ from trimtab.losses.info_nce import InfoNCE
 from trimtab.losses.mann_whitney import MannWhitney
 from trimtab.losses.margin_softmax import ArcFace, CosFace, MagFace
 from trimtab.losses.mixtures import Mixtures, make_mixtures
+from trimtab.losses.mixup import DMixup, Mixed, Mixup
 from trimtab.losses.ms_ssim import MSSSIM, ExpectedLossVAE
 from trimtab.losses.output_memory import OutputMemory
 from trimtab.losses.pass_at_n import pass_at_n, pass_at_n_unbiased
+from trimtab.losses.pasta import PASTA
 from trimtab.losses.projection import camera_bias, perspective
 from trimtab.losses.prototypes import prototype_logits, prototypes
 from trimtab.losses.rankmixup import MNDCG, RankMixup
@@ -26,24 +28,34 @@ from trimtab.losses.sharpness import sharpness
 from trimtab.losses.spherical import SphericalSoftmaxLoss, SquaredErrorLoss, TaylorSoftmaxLoss
 from trimtab.losses.susana import ICNN, ProtoTriplet, icnn_score
 from trimtab.losses.threshold_adaptive import ThresholdAdaptiveScaling
+from trimtab.losses.training import OBJECTIVES, Batch, Objective, Task, train
 from trimtab.losses.uncertain import UncertainBatches, select_uncertain
 from trimtab.losses.unpg import UNPG, pair_similarities, whisker_filter
 from trimtab.losses.z_loss import ZLoss
 
 __all__ = [
+    "DCA",
     "ICNN",
+    "MDCA",
     "MESA",
+    "MMCE",
     "MNDCG",
     "MSSSIM",
+    "OBJECTIVES",
+    "PASTA",
     "SAF",
     "UNPG",
     "AnyLoss",
     "AnyLossLogistic",
     "ArcFace",
+    "AugCal",
+    "AugCalTerms",
+    "Batch",
     "CertifiedIBP",
     "CertifiedTerms",
     "CosFace",
     "CosineHead",
+    "DMixup",
     "DirectCoverage",
     "EnsLoss",
     "EpisodeSampler",
@@ -53,13 +65,17 @@ __all__ = [
     "InfoNCE",
     "MagFace",
     "MannWhitney",
+    "Mixed",
     "Mixtures",
+    "Mixup",
+    "Objective",
     "OutputMemory",
     "ProtoTriplet",
     "RankMixup",
     "SmoothedEps",
     "SphericalSoftmaxLoss",
     "SquaredErrorLoss",
+    "Task",
     "TaylorSoftmaxLoss",
     "ThresholdAdaptiveScaling",
     "UncertainBatches",
@@ -81,6 +97,7 @@ __all__ = [
     "prototypes",
     "select_uncertain",
     "sharpness",
+    "train",
     "trajectory_kl",
     "whisker_filter",
 ]

@@ -13,6 +13,7 @@ and a sum over the batch. The mean is the default here. What to know:
 - z is at most sqrt(c - 1): with a larger b the target is pushed up for ever.
 - A row whose scores are all equal has no z-scores. The formula's gradient there is 1 / eps = 1e12; here such a row has
   z = 0 and no gradient, and a warning says so. Output weights must therefore not start at zero.
+- Of two scores the z-scores are 1 and -1: there is no gradient, so two classes are refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trimtab.core import checks
+from trimtab.core.checks import InputError
 from trimtab.losses import base
 from trimtab.losses.base import Reduction
 from trimtab.losses.moments import moments
@@ -42,7 +44,8 @@ class ZLoss(nn.Module):
         reduction: ``"mean"`` over the batch, ``"sum"`` as in the authors' example, or ``"none"``.
 
     Raises:
-        InputError: a or eps is not positive; logits or labels are malformed, or so large that their squares overflow.
+        InputError: a or eps is not positive; logits or labels are malformed, of two classes, or so large that their
+            squares overflow.
 
     Example:
         >>> import torch
@@ -66,8 +69,10 @@ class ZLoss(nn.Module):
     def forward(self, logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, "..."]:
         """The loss of logits (n, c) at labels (n,)."""
         logits, labels = base.pair(logits, labels)
+        if logits.shape[1] == 2:
+            raise InputError("logits must have at least 3 columns: the z-scores of two are 1 and -1, whatever they are")
         target, mean, variance = moments(logits, labels)
-        rounding = (torch.finfo(mean.dtype).eps * mean).square()
+        rounding = (4 * torch.finfo(mean.dtype).eps * mean).square()
         return self._of_moments(target, mean, variance, rounding)
 
     def of_sums(

@@ -1,0 +1,132 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from trimtab.core.checks import InputError
+from trimtab.core.progress import OutOfTime, limit
+from trimtab.losses import OBJECTIVES, DirectCoverage, Indexed, Objective, train
+
+BINARY = ("AnyLoss", "EnsLoss")
+
+
+def task(classes, n=120):
+    """Points whose first coordinates say the class, and a loader that tells their numbers."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, generator=generator)
+    labels = x[:, :classes].argmax(1)
+    order = torch.Generator().manual_seed(1)
+    loader = DataLoader(Indexed(TensorDataset(x, labels)), batch_size=30, shuffle=True, generator=order)
+    return x, labels, loader
+
+
+def network(classes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    layers = [
+        nn.utils.skip_init(nn.Linear, 4, 16),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.utils.skip_init(nn.Linear, 16, classes),
+    ]
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in layer.parameters():
+                parameter.uniform_(-0.5, 0.5, generator=generator)
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_every_objective_teaches_a_network(name, classes):
+    x, labels, loader = task(classes)
+    model = network(classes)
+    refused = {2: {"ZLoss": "at least 3 columns"}, 3: {name: f"classes must be 2 for {name}, got 3" for name in BINARY}}
+    if name in refused[classes]:
+        with pytest.raises(InputError, match=refused[classes][name]):
+            train(model, loader, name, epochs=1, classes=classes)
+        return
+    before = (model(x).argmax(1) == labels).float().mean()
+    trained = train(model, loader, name, epochs=30, classes=classes, optimizer=partial(torch.optim.Adam, lr=1e-2))
+    assert trained is model
+    assert not model.training
+    after = (model(x).argmax(1) == labels).float().mean()
+    assert after > max(0.75, before + 0.1)
+
+
+@pytest.mark.parametrize("name", ["Mixup", "MNDCG", "EnsLoss", "CrossEntropy"])
+def test_the_same_seed_trains_the_same_network(name):
+    def trained(seed):
+        return train(network(2), task(2)[2], name, epochs=2, classes=2, seed=seed)[0].weight
+
+    assert torch.equal(trained(3), trained(3))
+    assert not torch.equal(trained(3), trained(4))
+
+
+def test_a_loss_and_a_step_of_ones_own_are_objectives():
+    _, _, loader = task(2)
+    named, given, step = (network(2) for _ in range(3))
+    train(named, loader, "DirectCoverage", epochs=1, classes=2)
+    train(given, task(2)[2], DirectCoverage(samples=8), epochs=1, classes=2)
+    counted = []
+    own = Objective(lambda model, batch: DirectCoverage(samples=8)(model(batch.inputs), batch.labels), counted.append)
+    train(step, task(2)[2], own, epochs=1, classes=2)
+    assert torch.equal(named[0].weight, given[0].weight)
+    assert torch.equal(named[0].weight, step[0].weight)
+    assert counted == [step] * 4
+
+
+def test_mappings_are_batches_too():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network(2)
+
+        def forward(self, points):
+            return self.net(points)
+
+    x, labels, _ = task(2)
+    data = [{"points": point, "labels": label} for point, label in zip(x, labels)]
+    model = Named()
+    before = model.net[0].weight.clone()
+    train(model, DataLoader(Indexed(data), batch_size=60), "SAF", epochs=3, classes=2)
+    assert not torch.equal(before, model.net[0].weight)
+
+
+def test_frozen_parameters_stay_and_a_schedule_is_followed():
+    model = network(2)
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    rates = []
+
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: rates.append(epoch) or 0.5**epoch)
+
+    train(model, task(2)[2], "CrossEntropy", epochs=3, classes=2, schedule=schedule)
+    assert torch.equal(before, model[0].weight)
+    assert rates == [0, 1, 2, 3]
+
+
+@pytest.mark.bad_input
+def test_what_cannot_be_trained_is_refused_in_words():
+    x, labels, loader = task(2)
+    model = network(2)
+    plain = DataLoader(TensorDataset(x, labels), batch_size=30)
+    for given, name, told in (
+        (loader, "Zloss", "objective must be one of CrossEntropy, .* got 'Zloss'"),
+        (plain, "SAF", "loader must yield the samples' numbers for SAF"),
+        ([(x, labels)], "SAF", "loader must have a dataset of known size for SAF"),
+        ([(x,)], "ZLoss", "loader must yield labels"),
+        ([(x, labels + 1)], "ZLoss", "labels must lie in 0..1"),
+        ([(x, labels)], lambda logits, labels: logits.sum() / 0, "gave a loss of .* in epoch 0, step 0"),
+    ):
+        with pytest.raises(InputError, match=told):
+            train(model, given, name, epochs=1, classes=2)
+    with pytest.raises(InputError, match="epochs must be at least 1"):
+        train(model, loader, "ZLoss", epochs=0, classes=2)
+
+
+def test_it_stops_where_the_time_is_up():
+    with limit(0), pytest.raises(OutOfTime):
+        train(network(2), task(2)[2], "ZLoss", epochs=1, classes=2)

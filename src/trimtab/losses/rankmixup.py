@@ -21,9 +21,13 @@ Noh, Park, Lee, Ham (ICCV 2023), arXiv 2308.11990. Where paper and code differ t
 The code recognises a mixture of one class by a target that equals 1.0, which a share's rounding can miss; here it may
 lie 1e-6 below. The code's sort of equal targets is unstable, here the earlier mixture comes first.
 
-What we found: the gain needs an over-confident network and, for a small one, a larger weight than the paper's 0.1 (see
-the claim). Where weight decay and a falling rate already leave a calibration error of 2 %, a weight of 1 makes it
-worse.
+What we found, with perceptrons on Fashion-MNIST: where the network learns its images by heart (calibration error 16.0
+%, see the claim) `MNDCG` with weight 1 lowers the error with every seed, to 14.1 %; `RankMixup` to 14.9 % on average,
+not with every seed, and the masking as intended to 14.6 %, at a smaller loss of accuracy (0.5 points instead of 1.5).
+With the paper's weight of 0.1 `RankMixup` gives 14.5 % and `MNDCG` 15.5 %. Where a mild weight decay and a falling rate
+have already calibrated it (1.4 %), `MNDCG` with weight 1 makes it over-confident (4.0 %) and `RankMixup` changes
+nothing; where a strong one has left it under-confident (5.4 %), both raise the confidences, and the error falls to 1.6
+and 2.2 %.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ not with every seed, and the masking as intended to 14.6 %, at a smaller loss of
 With the paper's weight of 0.1 `RankMixup` gives 14.5 % and `MNDCG` 15.5 %. Where a mild weight decay and a falling rate
 have already calibrated it (1.4 %), `MNDCG` with weight 1 makes it over-confident (4.0 %) and `RankMixup` changes
 nothing; where a strong one has left it under-confident (5.4 %), both raise the confidences, and the error falls to 1.6
-and 2.2 %.
+and 2.2 % (one seed, 2000 images, 30 epochs).
 """
 
 from __future__ import annotations

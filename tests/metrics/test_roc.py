@@ -36,6 +36,18 @@ def test_area_and_curve_are_scikit_learns(pairs):
     assert float(torch.trapezoid(ours.true_positive_rate, ours.false_positive_rate)) == pytest.approx(area, abs=1e-12)
 
 
+@given(pairs=scored, far=st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_tar_at_far_is_the_best_threshold_that_keeps_to_far(pairs, far):
+    scores, positives = (np.array(column) for column in zip(*pairs))
+    accepted = [scores >= threshold for threshold in (*scores, np.inf)]
+    expected = max(float(a[positives].mean()) for a in accepted if a[~positives].mean() <= far)
+    assert metrics.tar_at_far(scores, positives, far) == pytest.approx(expected, abs=1e-12)
+    metric = metrics.TarAtFar(far)
+    metric.update(scores[:1], positives[:1])
+    metric.update(scores[1:], positives[1:])
+    assert float(metric.compute()) == pytest.approx(expected, abs=1e-12)
+
+
 @given(pairs=scored)
 def test_batches_equal_one_shot(pairs):
     scores, positives = (torch.tensor(column) for column in zip(*pairs))
@@ -73,6 +85,8 @@ def test_bad_input_is_refused():
         (torch.tensor([1, 2, 3]), torch.tensor([0, 1, 1]), "scores must be floating point"),
         (scores[:0], torch.tensor([]).long(), "scores must be floating point of shape"),
     ):
-        for function in (metrics.roc_auc, metrics.roc_curve):
+        for function in (metrics.roc_auc, metrics.roc_curve, metrics.tar_at_far):
             with pytest.raises(InputError, match=message):
                 function(s, positives)
+    with pytest.raises(InputError, match=r"far must lie in \[0, 1\], got 2"):
+        metrics.tar_at_far(scores, torch.tensor([0, 1, 1]), far=2.0)

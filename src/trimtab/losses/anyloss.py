@@ -13,9 +13,9 @@ in the table of networks, one network is trained by one loss after the other wit
 start from earlier ones' weights.
 
 What we found: the mean of a batch's metrics is not the metric of all rows, so that batches must hold some rows of both
-classes, and accumulated gradients are not those of a large batch. Cross-entropy with a threshold tuned on the training
-data closes most of the gap, or all of it (`trimtab show anyloss` has the numbers): take this loss where a threshold
-cannot be tuned, or where the metric is none that a threshold alone can reach.
+classes, and accumulated gradients are not those of a large batch. In the claim's linear models, one class in fourteen,
+F1 on new data is 0.33 by cross-entropy, 0.48 by cross-entropy with a threshold tuned on the training data, and 0.51 by
+this loss; balanced accuracy 0.61, 0.77 and 0.79. Most of the gain is the threshold's: tune that first where you can.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class AnyLoss(nn.Module):
 
     Args:
         metric: ``"accuracy"``, ``"f1"``, ``"fbeta"``, ``"balanced_accuracy"``, ``"gmean"`` (the root of sensitivity
-            times specificity), ``"precision"`` or ``"recall"``; or a function of four scalar tensors (tp, fp, fn, tn)
-            that returns a scalar, larger for better.
+            times specificity; without gradient where their product is below 1e-12), ``"precision"`` or ``"recall"``; or
+            a function of four scalar tensors (tp, fp, fn, tn) that returns a scalar, larger for better.
         beta: weight of recall against precision in ``"fbeta"``, > 0; the authors also use 0.5 and 2.
         amplification: L of the sigmoid(L (p - 1/2)) that a probability p counts as, > 0; 73 as the authors. Smaller
             values give gradients further from 1/2, larger ones a confusion matrix nearer to the counts.
@@ -98,16 +98,18 @@ class AnyLoss(nn.Module):
         p = self._probabilities(scores)
         same_device(scores=scores, labels=labels)
         y = checks.labels(labels, len(p), 2).to(p.dtype)
-        present = confusion.present(self.metric, y)
-        if self.on_missing_class == "raise" and not checks.unread(y) and not bool(present):
-            raise InputError(
-                f"labels must hold the classes that the metric needs, found {int(y.sum())} positives in {len(y)} rows; "
-                'on_missing_class="skip" leaves such batches out'
-            )
-        counted = confusion.soft_confusion(p, y, self.amplification)
-        if callable(self.metric):
-            # where a class is missing a function may divide by nothing: it is shown a matrix of ones
-            counted = confusion.Confusion(*(torch.where(present, count, 1.0) for count in counted))
+        positives = y.sum()
+        present = confusion.present(self.metric, positives, len(y))
+        counted = confusion.soft_confusion(p, y, positives, self.amplification)
+        if self.on_missing_class == "raise" and not checks.unread(y):
+            if not bool(present):
+                raise InputError(
+                    f"labels must hold the classes that the metric needs, found {int(positives)} positives in {len(y)} "
+                    'rows; on_missing_class="skip" leaves such batches out'
+                )
+            return 1 - confusion.score(counted, self.metric, self.beta)
+        # what is skipped is shown as a matrix of ones, as it would divide by nothing
+        counted = confusion.Confusion(*(torch.where(present, count, 1.0) for count in counted))
         return torch.where(present, 1 - confusion.score(counted, self.metric, self.beta), 1.0)
 
     def _probabilities(self, scores: Tensor) -> Tensor:

@@ -112,7 +112,8 @@ class AnyLossLogistic(ClassifierMixin, BaseEstimator):
         self.loss_curve_ = []
         for _ in range(n_iter):
             theta.requires_grad_()
-            counted = confusion.soft_confusion(torch.sigmoid(features @ theta), labels, amplification)
+            p = torch.sigmoid(features @ theta)
+            counted = confusion.soft_confusion(p, labels, labels.sum(), amplification)
             loss = 1 - confusion.score(counted, metric, beta)
             (slope,) = torch.autograd.grad(loss, theta)
             theta = theta.detach() - step * slope

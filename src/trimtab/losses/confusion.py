@@ -1,6 +1,6 @@
 """The confusion matrix of probabilities, and the metrics that are made of it, as differentiable functions.
 
-A probability counts as sigmoid(L (p - 1/2)): nearly 0 or 1, but for those near 1/2. Ratios of nothing to nothing are 0.
+A probability counts as sigmoid(L (p - 1/2)): nearly 0 or 1, but for those near 1/2.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ class Confusion(NamedTuple):
     tn: Tensor
 
 
-def soft_confusion(p: Tensor, y: Tensor, amplification: float) -> Confusion:
+def soft_confusion(p: Tensor, y: Tensor, positives: Tensor, amplification: float) -> Confusion:
     """The confusion matrix of probabilities p (n,) of class 1, for labels y (n,), 0 or 1 in the type of `p`."""
     h = torch.sigmoid(amplification * (p - 0.5))
-    hits = h * y
-    # exactly 0 where a class is missing, which a difference of sums is not
-    tp, fp, positives = hits.sum(), (h - hits).sum(), y.sum()
+    tp = (h * y).sum()
+    fp = h.sum() - tp
     return Confusion(tp, fp, positives - tp, len(y) - positives - fp)
 
 
@@ -52,26 +51,26 @@ def score(of: Confusion, metric: Metric, beta: float) -> Tensor:
         return _share(tp, tp + fp)
     if metric in ("f1", "fbeta"):
         weight = 1.0 if metric == "f1" else beta**2
-        return _share((1 + weight) * tp, (1 + weight) * tp + weight * fn + fp)
-    sensitivity = _share(tp, tp + fn)
+        hits = (1 + weight) * tp
+        return _share(hits, hits + weight * fn + fp)
+    sensitivity = tp / (tp + fn)
     if metric == "recall":
         return sensitivity
-    specificity = _share(tn, tn + fp)
+    specificity = tn / (tn + fp)
     if metric == "balanced_accuracy":
         return (sensitivity + specificity) / 2
     # the slope of the root is infinite at 0
     return (sensitivity * specificity).clamp(min=1e-12).sqrt()
 
 
-def present(metric: Metric, y: Tensor) -> Tensor:
-    """Whether `y` holds the classes that the metric is made for."""
+def present(metric: Metric, positives: Tensor, n: int) -> Tensor:
+    """Whether n rows, of which so many are positive, hold the classes that the metric is made for."""
     if metric == "accuracy":
-        return torch.ones_like(y[0], dtype=torch.bool)
-    positives = y.sum()
+        return positives >= 0
     if metric in ("f1", "fbeta", "precision", "recall"):
         return positives > 0
-    return (positives > 0) & (positives < len(y))
+    return (positives > 0) & (positives < n)
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
-    return part / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+    return part / (whole + torch.finfo(whole.dtype).tiny)

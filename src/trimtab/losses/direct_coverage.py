@@ -13,9 +13,11 @@ F is the code's quotient of two series, up to 1.4e-4 (relative) off the closed f
 code's command line divides each answer's loss by its number of tokens, which is no longer the paper's gradient:
 `length_normalize` does that. Their code gives an answer without tokens a loss of zero; here it is refused.
 
-What we found: the product of many tokens' probabilities is so small at the start of training that F = 1, so on long
-answers the loss is cross-entropy until the model nearly knows them by heart. That is why the paper scores steps of
-proofs one by one, and estimates the chance of an answer that follows a chain of thought by sampling.
+What we found: in the claim's long training on noisy labels, cross-entropy's pass@8 falls from 0.87 (epoch 10) to 0.76
+(epoch 60); that of DCO ends at 0.82. Yet cross-entropy stopped at epoch 10 has more of both, pass@1 and pass@8, than
+DCO at epoch 60: stop early where something can be held out. And p is a product: for N = 256 and answers of 100 tokens,
+F stays near 1 until tokens have a probability of 0.94 each. On long answers the loss is cross-entropy until they are
+known by heart, so the paper scores proofs step by step, and estimates the chance of a chain of thought by sampling.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ the training data stands beside: it is what a practitioner would try first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from sklearn.datasets import make_classification
@@ -16,9 +18,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from trimtab.claims.base import Claim, Expectation
 from trimtab.losses import AnyLossLogistic
+from trimtab.losses.confusion import Name
 
-METRICS = {"f1": f1_score, "balanced_accuracy": balanced_accuracy_score}
-LEARNING_RATES = {"f1": 0.01, "balanced_accuracy": 0.005}
+METRICS: dict[Name, Callable[..., float]] = {"f1": f1_score, "balanced_accuracy": balanced_accuracy_score}
+LEARNING_RATES: dict[Name, float] = {"f1": 0.01, "balanced_accuracy": 0.005}
 BCE_LEARNING_RATE, ITERATIONS = 0.1, 1000
 
 
@@ -86,4 +89,9 @@ CLAIM = Claim(
         "F1": {"bce": 0.596, "anyloss": 0.697, "wins of 96": 79},
         "balanced accuracy": {"bce": 0.739, "anyloss": 0.815, "wins of 102": 85},
     },
+    notes=(
+        "Cross-entropy with its threshold tuned on the training data closes most of the gap: mean F1 0.48, of 0.33 "
+        "without and 0.51 by AnyLoss; mean balanced accuracy 0.77, of 0.61 and 0.79. Its F1 is the higher one on "
+        "two seeds of five, its balanced accuracy on one.",
+    ),
 )

@@ -15,6 +15,13 @@ begins in the seventh epoch. Departures: the logarithm of the softmax is taken i
 above a hundred temperatures); a sample whose outputs were not kept `lookback` epochs ago adds nothing to the
 divergence, where theirs is drawn to the uniform distribution, or to older outputs; integer buffers of the average are
 copied.
+
+What we found, with a fifth of the labels wrong (the claim, five seeds): SAF gains 0.6 points of accuracy (0.1 to 1.0)
+at a sharpness that is a sixth lower, MESA 1.8 points (1.1 to 2.5) at one that is higher than plain training's. SAF adds
+0.2 to 0.4 ms to a step whatever the network: nothing beside convolutions (1.00 of a plain step of 130 ms on a CPU), and
+three quarters of the half-millisecond step of a small perceptron. MESA's forward pass is a third of a step in single
+precision (1.33 to 1.44 of a plain step there) and a tenth in half (1.11): call it under autocast, which narrows the
+average's pass only; the loss stays in single precision.
 """
 
 from __future__ import annotations

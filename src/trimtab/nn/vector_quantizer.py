@@ -9,6 +9,9 @@ with the resets of T2M-GPT and TokenHMR (arXiv:2404.16752), whose code is follow
 row of the batch, its count stays as it is (so it is seeded anew at each step until enough falls on it), and a step's
 outputs are those of the codebook before it. Departures: counts and sums are buffers, where in the authors' code a
 resumed training starts its codebook anew; in a distributed training all processes hold one codebook.
+
+What we found: begun with a batch from one of sixteen clusters, 32 codes end with 14 to 18 in use with resets, and with
+4 to 7 without (the claim of ``60-tokenhmr``, five seeds).
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ CLAIM = Claim(
         "EMDB": {"TokenHMR": "108.5 / 89.5 / 55.6", "BEDLAM only, no scaling": "106.2 / 89.6 / 49.8"},
     },
     notes=(
-        "2000 samples with a bias of length 0.06 (squared 0.0036, below the threshold of 0.01) and 24 trusted ones with "
-        "noise of 0.05; without scaling the map learns the bias to its last digit.",
+        "2000 samples with a bias of length 0.06 (squared 0.0036, below the threshold of 0.01) and 24 trusted ones "
+        "with noise of 0.05; without scaling the map learns the bias to its last digit.",
         "Both codebooks begin with a batch from one of the sixteen clusters.",
         "In the authors' table training without the biased labels is better by PA-MPJPE than training with them and "
         "scaling: the gain is against training on the same labels without scaling.",

@@ -13,7 +13,10 @@ term. What to know:
 
 - Against targets other than the origins themselves the code leaves out each origin's nearest target, as though it were
   the origin (`drop_nearest`). Among themselves origins leave out exactly themselves here; the code leaves out the first
-  found of those at distance zero.
+  found of those at distance zero, which matters where points of different classes coincide.
+- What we found (new classes of a synthetic problem, five seeds): on a prototypical network's 79.0 %, ICNN adds 0.15
+  points and Proto-Triplet 0.08, where the paper reports about two on real images. The score itself does as it says:
+  it rises with the classes' distance, and descending on it takes free points from 40 % to 90 % 1-NN accuracy.
 - With k + 2 targets or fewer the score lacks its third part; with one example a class the support set's own score holds
   nothing but a spread of distances.
 """
@@ -197,12 +200,15 @@ def icnn_score(
     together = 1 - _mean_over_rows(ratio, ~other)
     others = apart * other
     separate = (_mean_over_rows(others / (others.max() + _EPS), other) - (~other.any()).to(x.dtype)).abs()
-    share = 1.0 if few else (~other).to(x.dtype).mean()
+    share = 1.0 if few else ((~other).sum(1) / k).mean()
     return (together + separate) / 4 + share / 2
 
 
 def _mean_over_rows(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean over rows, of those where `mask` is true somewhere, of the row's mean where it is."""
+    """The mean over rows, of those where `mask` is true somewhere, of the row's mean where it is.
+
+    As in the authors' code, counts and what is added to them are in single precision: some 1e-8 of the value.
+    """
     counts = mask.sum(1)
     return ((values * mask).sum(1) / (counts + _EPS)).sum() / ((counts > 0).sum() + _EPS)
 

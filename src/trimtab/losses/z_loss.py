@@ -10,6 +10,10 @@ and a sum over the batch. The mean is the default here. What to know:
 
 - The loss does not change when a row is shifted, or multiplied by a positive number: nothing holds the scores' size,
   and the gradient shrinks as it grows. Weight decay does what the loss does not.
+- What we found (next token of Python source, 500 classes, five seeds): the top-1 error is 58 % with a = 0.2 and b = 10,
+  64 % with the Taylor softmax, 80 % with the squared error, 57 % with the softmax's log loss. In top-50 it is 14.9 %
+  with a = 1 and b = 0, 15.3 % with the log loss, 16.9 % with a = 0.2 and b = 10. Of the paper's "better than the log
+  loss for certain k" little more than a tie is left: in four seeds of five in top-5, in three in top-50.
 - z is at most sqrt(c - 1): with a larger b the target is pushed up for ever.
 - A row whose scores are all equal has no z-scores. The formula's gradient there is 1 / eps = 1e12; here such a row has
   z = 0 and no gradient, and a warning says so. Output weights must therefore not start at zero.

@@ -1,5 +1,8 @@
 """Temperature scaling: the optimum, its bounds and what it costs at the door."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import scipy.optimize
 import torch
@@ -8,6 +11,9 @@ from hypothesis import strategies as st
 from score_sets import log_loss, overconfident
 
 from trimtab.calibration import TemperatureScaling
+from trimtab.core.checks import InputError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "04-ts-limitations"
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(20, 300), c=st.integers(2, 8), weighted=st.booleans())
@@ -61,3 +67,20 @@ def test_it_divides():
     assert torch.equal(calibrator(logits), (logits / calibrator.temperature).log_softmax(1))
     assert calibrator.temperature.dtype == torch.float64
     assert TemperatureScaling().fit(logits.float(), labels).temperature.dtype == torch.float32
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.npz")), ids=lambda path: path.stem)
+def test_the_legacy_fit_stops_where_the_authors_of_04_ts_limitations_stop(path):
+    with np.load(path) as arrays:
+        logits, labels, expected = (arrays[name] for name in ("ts_logits", "ts_labels", "ts_temperature"))
+    found = TemperatureScaling(legacy=True).fit(logits, labels).temperature
+    assert float(found) == pytest.approx(expected.item(), abs=1e-5)
+    assert float(TemperatureScaling().fit(logits, labels).temperature) > 1.5 * float(found)
+
+
+@pytest.mark.bad_input
+def test_the_legacy_fit_takes_no_weights():
+    logits, labels = overconfident(20, 3)
+    with pytest.raises(InputError, match="weights must be None with legacy=True"):
+        TemperatureScaling(legacy=True).fit(logits, labels, weights=torch.ones(20))

@@ -8,17 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.losses import (
+    DCA,
     ICNN,
+    MDCA,
     MESA,
+    MMCE,
     MNDCG,
     MSSSIM,
     SAF,
     UNPG,
     AnyLoss,
     ArcFace,
+    AugCal,
     CertifiedIBP,
     CosFace,
     DirectCoverage,
+    DMixup,
     EnsLoss,
     ExpectedLossVAE,
     InfoNCE,
@@ -95,6 +100,27 @@ def answers(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, .
     return torch.randn(n, 4, 5, generator=generator, dtype=torch.float64), (labels,)
 
 
+def blended(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Logits and labels, and the mixtures that the logits are of."""
+    logits, (labels,) = classified(n, generator)
+    return logits, (labels, DMixup(generator=generator).mix(logits))
+
+
+def adapted(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Source inputs, which are their own logits, labels, and target inputs."""
+    logits, rest = classified(n, generator)
+    return logits, (*rest, torch.randn(3, 5, generator=generator, dtype=torch.float64))
+
+
+def augcal() -> AugCal:
+    """AugCal with the smallest of parts."""
+    return AugCal(
+        adaptation=lambda model, source, target: model(target).square().mean() - source.mean(),
+        augment=lambda x: 0.9 * x,
+        calibration=DCA(),
+    )
+
+
 class CrossEntropy(nn.Module):
     """What every classification objective stands beside, at the same door."""
 
@@ -166,8 +192,12 @@ BUILDERS: dict[str, Builder] = {
     "AnyLoss, gmean": Builder(
         partial(AnyLoss, metric="gmean", amplification=10, from_logits=True), partial(classified, classes=2), smallest=2
     ),
+    "AugCal": Builder(augcal, adapted, lambda loss, x, *rest: loss(nn.Identity(), x, *rest)),
     "CertifiedIBP": Builder(certified, embedded, smallest=2),
     "CertifiedIBP, warm-up": Builder(certified, embedded, lambda loss, x, y: loss(x, y, 0.03), smallest=2),
+    "DCA": Builder(DCA, classified),
+    "DCA, ignoring": Builder(partial(DCA, ignore_index=1), classified),
+    "DMixup": Builder(DMixup, blended),
     "DirectCoverage": Builder(partial(DirectCoverage, samples=4), answers, differentiable=False),
     "DirectCoverage, classes": Builder(partial(DirectCoverage, samples=16), classified, differentiable=False),
     "ExpectedLossVAE": Builder(lambda: ExpectedLossVAE(MSSSIM(data_range=1, scales=2, win_size=3), weight=2), encoded),
@@ -180,7 +210,10 @@ BUILDERS: dict[str, Builder] = {
     "InfoNCE": Builder(partial(InfoNCE, temperature=1), classified),
     "MannWhitney": Builder(partial(MannWhitney, temperature=1), classified),
     "MannWhitney, paper": Builder(partial(MannWhitney, reduction="paper"), classified),
+    "MDCA": Builder(MDCA, classified),
     "MESA": Builder(partial(MESA, nn.Identity(), start=0), averaged),
+    "MMCE": Builder(MMCE, classified),
+    "MMCE, weighted": Builder(partial(MMCE, weighted=True), classified),
     "MNDCG": Builder(MNDCG, mixed(3)),
     "MSSSIM": Builder(partial(MSSSIM, data_range=1, scales=2, win_size=3), pictures),
     "RankMixup": Builder(RankMixup, mixed(1)),

@@ -8,9 +8,9 @@ cross-entropy must stay beside them. Whether a prediction is right carries no gr
 
 DCA: Liang, Zhang, Wang, Jacobs 2020, arXiv 2009.04057. MDCA: Hebbalaguppe, Prakash, Madan, Arora 2022, arXiv
 2203.13834; the latter's code (mdca-loss/MDCA-Calibration) is followed in both, without the cross-entropy that it has
-within. MMCE: Kumar, Sarawagi, Jain, ICML 2018. Two departures from the code that circulates for it: it forms n x n pairs, where the Laplace
-kernel factorises along sorted confidences and prefix sums give the same value and gradient in O(n log n); and it leaves
-out the square root, which the paper has.
+within. MMCE: Kumar, Sarawagi, Jain, ICML 2018. The PyTorch code that circulates for MMCE forms n x n pairs; the Laplace
+kernel factorises along sorted confidences, so that prefix sums give the same value and gradient in O(n log n). That
+code also leaves out the square root, which the paper has.
 """
 
 from __future__ import annotations

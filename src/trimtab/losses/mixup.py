@@ -12,8 +12,9 @@ global state; here everything comes from a generator.
 
 What we found: their comparison with temperature scaling rests on a fit that stops after one L-BFGS call at a rate of
 0.01, close to where it starts: it returns T = 1.096 on logits whose best T is 3.22 (`TemperatureScaling` with
-``legacy=True`` does the same). Fitted to the optimum, temperature scaling of an ordinary network is level with Mixup or ahead of it on
-the claim's overlapping classes; against the network as trained Mixup is ahead, in log loss and in calibration.
+``legacy=True`` does the same). Fitted to the optimum, temperature scaling of an ordinary network is level with Mixup or
+ahead of it on the claim's overlapping classes; against the network as trained Mixup is ahead, in log loss and in
+calibration.
 """
 
 from __future__ import annotations

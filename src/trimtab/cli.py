@@ -90,6 +90,16 @@ MaxTime = Annotated[
         help="Leave out calibrators and runs over shifted streams that would take longer; the report says which.",
     ),
 ]
+Objectives = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--objective",
+        metavar="NAME",
+        help="For a setup with train: train a copy of the model on with this objective of trimtab.losses. Repeatable.",
+    ),
+]
+Epochs = Annotated[int, typer.Option("--epochs", min=1, help="For --objective: how often to go through train.")]
+LearningRate = Annotated[float, typer.Option("--learning-rate", help="For --objective: of Adam.")]
 Folds = Annotated[int, typer.Option("--folds", min=2, help="Folds of the cross-validation that ranks calibrators.")]
 
 
@@ -120,6 +130,9 @@ def audit(
     resamples: Resamples = 200,
     folds: Folds = 5,
     max_time: MaxTime = None,
+    objective: Objectives = None,
+    epochs: Epochs = 5,
+    learning_rate: LearningRate = 1e-3,
     onnx: Onnx = True,
     fresh: Fresh = False,
     quiet: Silent = False,
@@ -141,6 +154,9 @@ def audit(
     if coco_calibration is not None:
         raise InputError("--coco-calibration goes with --coco")
     options = {
+        "objectives": tuple(objective or ()),
+        "epochs": epochs,
+        "learning_rate": learning_rate,
         "seed": seed,
         "workers": workers,
         "resamples": resamples,

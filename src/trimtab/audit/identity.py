@@ -15,9 +15,12 @@ from trimtab.core.checks import InputError
 from trimtab.core.persist import fingerprint
 
 
-def marks(setup: Setup, spec: str | None) -> dict[str, Any]:
-    """What tells one state of a setup from another: its code, its weights, and the beginning and length of its data."""
-    loaders = {"calibration": setup.calibration, "test": setup.test, **setup.shifts}
+def marks(setup: Setup, spec: str | None, **more: Any) -> dict[str, Any]:
+    """What tells one state of a setup from another: its code, its weights, and the beginning and length of its data.
+
+    `more` loaders than the setup's calibration, test and shifts may be named.
+    """
+    loaders = {"calibration": setup.calibration, "test": setup.test, **setup.shifts, **more}
     marks = {name: [fingerprint(_first_tensors(name, loader)), _length(loader)] for name, loader in loaders.items()}
     code = Path((spec or "").rpartition(":")[0])
     return {

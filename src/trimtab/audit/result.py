@@ -64,6 +64,20 @@ class ShiftCell:
 
 
 @dataclass(frozen=True)
+class TrainedModel:
+    """The model after further training with one objective; an empty name is the model as it is.
+
+    `before` and `after` temperature scaling: accuracy, ece, log_loss.
+    """
+
+    objective: str
+    before: dict[str, Triple]
+    after: dict[str, Triple]
+    seconds: float
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
 class ClassRow:
     """How one class fares: share predicted and true, calibration error of its probability, before and after."""
 
@@ -95,6 +109,7 @@ class AuditResult:
         ranking: calibrators, best first.
         shifts: the shift-by-adapter cells.
         per_class: one row a class.
+        trained: the model as it is and after further training with other objectives, where these were asked for.
         steps: (step, seconds) in the order they ran.
         versions: what it was run with.
         settings: seed, workers, and what else was chosen.
@@ -119,6 +134,7 @@ class AuditResult:
     ranking: list[Ranked]
     shifts: list[ShiftCell] = field(default_factory=list)
     per_class: list[ClassRow] = field(default_factory=list)
+    trained: list[TrainedModel] = field(default_factory=list)
     steps: list[tuple[str, float]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -140,8 +156,9 @@ class AuditResult:
             key: [_numbers(pair) for pair in value] for key, value in data["risk_coverage"].items()
         }
         data["steps"] = [tuple(step) for step in data["steps"]]
-        for name, row_class in {"ranking": Ranked, "shifts": ShiftCell, "per_class": ClassRow}.items():
-            data[name] = [rebuild(row_class, row) for row in data[name]]
+        kinds = {"ranking": Ranked, "shifts": ShiftCell, "per_class": ClassRow, "trained": TrainedModel}
+        for name, row_class in kinds.items():
+            data[name] = [rebuild(row_class, row) for row in data.get(name, [])]
         return cls(**data)
 
 

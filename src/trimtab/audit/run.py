@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -20,6 +20,7 @@ from trimtab.audit import setup as setups
 from trimtab.audit.correct import Budget, Settings, triple, triples
 from trimtab.audit.identity import marks, stamp
 from trimtab.audit.large import audit_large
+from trimtab.audit.objectives import Training
 from trimtab.audit.result import AuditResult, ClassRow, Curve, ShiftCell, Triple, rebuild
 from trimtab.audit.setup import Setup
 from trimtab.audit.workspace import Workspace
@@ -49,6 +50,9 @@ def audit(
     onnx: bool = True,
     fresh: bool = False,
     max_minutes: float = math.inf,
+    objectives: Sequence[str] = (),
+    epochs: int = 5,
+    learning_rate: float = 1e-3,
 ) -> AuditResult:
     """Measure a model or a table of scores, correct it, and leave the report and its numbers in `out`.
 
@@ -71,6 +75,11 @@ def audit(
         max_minutes: time for the whole audit, > 0. What has to be there (the measures, one calibrator, the report) is
             made in any case; calibrators and runs over shifted streams for which there is no time are left out, and
             the report says which. With shifts, calibrators get half of what is left after measuring.
+        objectives: for a model whose setup brings ``train``: names of `trimtab.losses.OBJECTIVES`. A copy of the model
+            is trained on with each, and with cross-entropy, and measured beside the model as it is, with and without
+            temperature scaling.
+        epochs: how often each of them goes through ``train``.
+        learning_rate: of Adam, in that training.
 
     Raises:
         InputError: the input cannot be used; the message says which part and why.
@@ -82,6 +91,7 @@ def audit(
         checks.integer(folds, "folds", low=2),
     )
     checks.integer(workers, "workers", low=1)
+    training = Training.checked(objectives, epochs, learning_rate)
     if not max_minutes > 0:
         raise InputError(f"max_minutes must be > 0, got {max_minutes}")
     started = time.perf_counter()
@@ -93,9 +103,12 @@ def audit(
             raise InputError("calibration goes with a table; a setup brings its own calibration batches")
         setup = source if isinstance(source, Setup) else setups.load(str(source))
         spec = None if isinstance(source, Setup) else str(source)
-        work = Workspace(out, _identity(settings, spec=spec, **marks(setup, spec)), fresh=fresh)
+        if training.names and setup.train is None:
+            raise InputError("the setup must bring train, batches to train on, where objectives are given")
+        trained_on = {"train": setup.train} if training.names else {}
+        work = Workspace(out, _identity(settings, spec=spec, **marks(setup, spec, **trained_on)), fresh=fresh)
         with _warnings_kept() as warned:
-            result = _audit_model(setup, spec, out, work, workers, settings, budget)
+            result = _audit_model(setup, spec, out, work, workers, settings, budget, training)
         if onnx:
             begun = time.perf_counter()
             export = correct.export_model(setup, load(out / correct.CALIBRATOR_FILE), out)
@@ -103,6 +116,8 @@ def audit(
             result = replace(result, notes=[*result.notes, *export])
     elif Path(source).suffix == ".py":
         raise InputError(f"{source} must be given with its function: {source}:setup")
+    elif training.names:
+        raise InputError("objectives go with a setup that brings a model and train, not with a table")
     else:
         path, other = Path(source), Path(calibration) if calibration else None
         with Table.open(path) as table:
@@ -137,7 +152,14 @@ def _warnings_kept() -> Iterator[list[warnings.WarningMessage]]:
 
 
 def _audit_model(
-    setup: Setup, spec: str | None, out: Path, work: Workspace, workers: int, settings: Settings, budget: Budget
+    setup: Setup,
+    spec: str | None,
+    out: Path,
+    work: Workspace,
+    workers: int,
+    settings: Settings,
+    budget: Budget,
+    training: Training,
 ) -> AuditResult:
     views = 0 if setup.augment is None else setup.views
     more = {"features": setup.features, "views": views, "augment": setup.augment, "seed": settings.seed}
@@ -168,13 +190,14 @@ def _audit_model(
         settings,
         budget,
     )
+    trained, untrained = training.compare(setup, calibration, test, work, settings, budget)
     cells, late = _follow_shifts(setup, spec, work, workers, settings, budget)
     if setup.classes is not None:
         names = [str(name) for name in setup.classes]
         rows = [replace(row, name=name) for row, name in zip(result.per_class, names)]
         result = replace(result, classes=names, per_class=rows)
     refused = dict.fromkeys(f"{cell.adapter} did not run: {cell.failed}." for cell in cells if cell.failed)
-    return replace(result, shifts=cells, notes=[*result.notes, *refused, *late])
+    return replace(result, trained=trained, shifts=cells, notes=[*result.notes, *untrained, *refused, *late])
 
 
 def _audit_table(
@@ -318,6 +341,9 @@ def _write_metrics(result: AuditResult, path: Path) -> None:
     for ranked in result.ranking:
         found = {"accuracy": ranked.test_accuracy, "ece": ranked.test_ece, "log_loss": ranked.test_log_loss}
         rows += [("calibrator", ranked.symbol, "", name, value) for name, value in found.items()]
+    for model in result.trained:
+        for state, found in (("before", model.before), ("after", model.after)):
+            rows += [(f"trained, {state}", model.objective or "as it is", "", name, x) for name, x in found.items()]
     for cell in result.shifts:
         found = {"accuracy": cell.accuracy, "ece": cell.ece, "log_loss": cell.log_loss}
         rows += [("shift", cell.adapter, cell.shift, name, value) for name, value in found.items()]

@@ -7,7 +7,7 @@ import math
 from trimtab.audit.report.heat import MEAN, Heat
 from trimtab.audit.report.tables import bins, risk_at
 from trimtab.audit.report.verdict import UNSHIFTED, chosen, scored, uncorrected
-from trimtab.audit.report.words import coverage, mid_sentence, percent, plural
+from trimtab.audit.report.words import coverage, decimal, mid_sentence, percent, plural
 from trimtab.audit.result import AuditResult
 
 
@@ -49,6 +49,18 @@ def rule(result: AuditResult) -> str:
     if pick.name == best.name:
         return text + f"Nothing simpler is, so {mid_sentence(pick.name)} itself was chosen (diamond)."
     return text + f"The simplest of those was chosen: {mid_sentence(pick.name)} (diamond)."
+
+
+def trained(result: AuditResult) -> str:
+    """What the table of objectives compares, and which row has the lowest log loss once it is scaled."""
+    text = (
+        "A copy of the model was trained on with each objective; cross-entropy tells what the training does by itself. "
+        "Scaling is by one temperature, fitted on the calibration rows. "
+    )
+    rows = [model for model in result.trained if model.failed is None]
+    best = min(rows, key=lambda model: model.after["log_loss"][0])
+    how = f"training on with {best.objective}" if best.objective else "the model as it is"
+    return f"{text}After it, {how} has the lowest log loss, {decimal(best.after['log_loss'][0])}."
 
 
 def shift(result: AuditResult, heat: Heat) -> str:

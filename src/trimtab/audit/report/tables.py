@@ -183,6 +183,25 @@ def shift_name(name: str) -> str:
     return "no shift" if name == "none" else spaced(name)
 
 
+def trained(result: AuditResult) -> Table:
+    """The model as it is and trained on with other objectives, each with and without temperature scaling."""
+    rows = [
+        (
+            Cell(model.objective or "As it is", f"failed: {model.failed}" if model.failed else "", model.objective),
+            triple_cell(model.before["accuracy"], True),
+            triple_cell(model.before["ece"], True),
+            triple_cell(model.after["ece"], True),
+            triple_cell(model.before["log_loss"], False),
+            triple_cell(model.after["log_loss"], False),
+            seconds_cell(model.seconds),
+        )
+        for model in result.trained
+    ]
+    labels = ("Accuracy", "ECE", "ECE after scaling", "Log loss", "Log loss after scaling", "Training")
+    columns = (("Objective", False), *((label, True) for label in labels))
+    return Table("trained", "The model as it is, and trained on with other objectives", columns, rows)
+
+
 def per_class(result: AuditResult) -> Table:
     """Every class, the worst calibrated first."""
     order = sorted(result.per_class, key=lambda row: -row.ece_before if math.isfinite(row.ece_before) else math.inf)

@@ -1,0 +1,103 @@
+"""Train-time correction beside the post-hoc one: copies of the model, trained on with other objectives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+
+from trimtab.audit import setup as setups
+from trimtab.audit.correct import Budget, Settings, triple
+from trimtab.audit.result import TrainedModel, Triple, rebuild
+from trimtab.audit.setup import Setup
+from trimtab.audit.workspace import Workspace
+from trimtab.calibration import TemperatureScaling
+from trimtab.core import checks
+from trimtab.core.checks import InputError
+from trimtab.core.predictions import Predictions
+from trimtab.core.progress import OutOfTime, in_time, limit
+from trimtab.losses import OBJECTIVES, train
+
+CONTROL = "CrossEntropy"
+_NOTHING: Triple = (float("nan"),) * 3
+_MEASURES = ("accuracy", "ece", "log_loss")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Which objectives to train on with, for how long, at which learning rate (of Adam)."""
+
+    names: tuple[str, ...]
+    epochs: int
+    learning_rate: float
+
+    @classmethod
+    def checked(cls, objectives: Sequence[str], epochs: int, learning_rate: float) -> Self:
+        """With the control before the rest; refused where a name is unknown or a number out of range."""
+        for name in objectives:
+            if name not in OBJECTIVES:
+                raise InputError(f"objectives must be among {', '.join(OBJECTIVES)}, got {name!r}")
+        return cls(
+            tuple(dict.fromkeys((CONTROL, *objectives))) if objectives else (),
+            checks.integer(epochs, "epochs", low=1),
+            checks.number(learning_rate, "learning_rate", low=0.0, low_open=True),
+        )
+
+    def compare(
+        self,
+        setup: Setup,
+        calibration: Predictions,
+        test: Predictions,
+        work: Workspace,
+        settings: Settings,
+        budget: Budget,
+    ) -> tuple[list[TrainedModel], list[str]]:
+        """The model as it is, and copies trained on; each with and without temperature scaling. Also notes.
+
+        Cross-entropy is always among them: it tells what the further training does by itself.
+        """
+        if not self.names:
+            return [], []
+        rows = [work.number("no training", lambda: _measured("", calibration, test, settings))]
+        late = []
+        for name in self.names:
+            piece = f"train with {name}, {self.epochs} epochs at {self.learning_rate:g}"
+            try:
+                with limit(budget.seconds):
+                    in_time()
+                    rows.append(work.number(piece, partial(self._trained, setup, name, test.c, settings)))
+            except OutOfTime:
+                late.append(name)
+        notes = [f"Not trained with for want of time: {', '.join(late)}."] if late else []
+        return [rebuild(TrainedModel, row) for row in rows], notes
+
+    def _trained(self, setup: Setup, name: str, classes: int, settings: Settings) -> dict[str, Any]:
+        """A copy of the model after training with one objective; a refusal or an error leaves its words."""
+        assert setup.train is not None
+        model, start = deepcopy(setup.model), time.perf_counter()
+        adam = partial(torch.optim.Adam, lr=self.learning_rate)
+        try:
+            train(model, setup.train, name, epochs=self.epochs, classes=classes, optimizer=adam, seed=settings.seed)
+        except OutOfTime:
+            raise
+        except Exception as error:
+            words = str(error) if isinstance(error, InputError) else setups.told(error)
+            nothing = dict.fromkeys(_MEASURES, _NOTHING)
+            return {"objective": name, "before": nothing, "after": nothing, "seconds": 0.0, "failed": words}
+        seconds = time.perf_counter() - start
+        calibration, test = (Predictions.collect(model, loader) for loader in (setup.calibration, setup.test))
+        return {**_measured(name, calibration, test, settings), "seconds": seconds}
+
+
+def _measured(name: str, calibration: Predictions, test: Predictions, settings: Settings) -> dict[str, Any]:
+    """A model's scores, as they are and after temperature scaling fitted on the calibration rows."""
+    temperature = TemperatureScaling().fit_predictions(calibration)
+    both = {"before": test, "after": temperature.transform(test)}
+    found = {when: settings.essentials(part) for when, part in both.items()}
+    plain = {when: {key: triple(values[key]) for key in _MEASURES} for when, values in found.items()}
+    return {"objective": name, **plain, "seconds": 0.0}

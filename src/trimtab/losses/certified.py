@@ -249,7 +249,7 @@ def ibp_init_(model: nn.Module, *, generator: torch.Generator | None = None) -> 
     """Initialise weights, in place, so that a layer and its ReLU leave the average width of bounds about as it is.
 
     Every weight of two or more axes is drawn from a normal distribution of standard deviation sqrt(2 pi) / fan_in,
-    but for the last weight of the model, which stays as it is, as do biases and normalisation. The weights of layers
+    but for the last of them, which stays as it is, as do biases and normalisation. The weights of layers
     one operation after an addition of two branches are halved.
 
     Args:
@@ -272,13 +272,12 @@ def ibp_init_(model: nn.Module, *, generator: torch.Generator | None = None) -> 
         Shi et al., NeurIPS 2021, section 4.2, https://arxiv.org/abs/2103.17268
     """
     nodes = traced(model)
-    weights = [parameter for name, parameter in model.named_parameters() if name.endswith("weight")]
+    weights = [weight for name, weight in model.named_parameters() if name.endswith("weight") and weight.ndim > 1]
     if len(weights) < 2:
         raise InputError(f"model must have at least two layers with weights, got {len(weights)}")
     with torch.no_grad():
         for weight in weights[:-1]:
-            if weight.ndim > 1:
-                weight.normal_(0, math.sqrt(2 * math.pi) / weight[0].numel(), generator=generator)
+            weight.normal_(0, math.sqrt(2 * math.pi) / weight[0].numel(), generator=generator)
         for node in nodes:
             layer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
             before = node.all_input_nodes[0].all_input_nodes if layer is not None else []
@@ -336,10 +335,9 @@ class SmoothedEps:
         if step >= self.last:
             return self.eps
         before, after = self.turn - self.first, self.last - self.turn
-        scale = self.eps / (after * self.power * before ** (self.power - 1) + before**self.power)
+        reached = self.eps * before / (after * self.power + before)  # where the line begins, with the curve's slope
         if step < self.turn:
-            return scale * (step - self.first) ** self.power
-        reached = scale * before**self.power
+            return reached * ((step - self.first) / before) ** self.power
         return reached + (self.eps - reached) * (step - self.turn) / after
 
     def state_dict(self) -> dict[str, int]:

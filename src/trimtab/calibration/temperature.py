@@ -74,8 +74,8 @@ def _unconverged(logits: Tensor, labels: Tensor) -> float:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = cross_entropy(logits / temperature, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return float(temperature.detach())

@@ -26,7 +26,7 @@ OVERLAPS = (0.5, 0.8)
 def run(seed: int) -> dict[str, float]:
     """Log loss and calibration error, as trained and with temperatures, of ordinary training and both mixtures."""
     generator = torch.Generator().manual_seed(seed)
-    measured = {}
+    measured: dict[str, float] = {}
     worlds = {f"overlap {share}": (overlapping(share, generator), 500, 120) for share in OVERLAPS}
     worlds["gaussians"] = gaussians(0.05, generator), 1000, 60
     worlds["digits"] = _digits(generator), 300, 120

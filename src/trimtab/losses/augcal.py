@@ -9,9 +9,11 @@ Chattopadhyay, Goyal, Ecsedi, Prabhu, Hoffman, ICLR 2024, arXiv 2312.06106; no o
 the paper is followed. There the augmentation is `PASTA` or RandAugment, and the calibration term `DCA`; here both have
 to be named.
 
-What we found: on the digits of the claim nearly all of the gain is the augmentation's. It alone stops the collapse of
-entropy minimisation; with the calibration term on top the calibration error is about the same, and the term on its own
-helps less.
+What we found: on the digits of the claim all of the gain is the augmentation's. With entropy minimisation alone the
+calibration error is 0.27 on average over five seeds (one collapses to an accuracy of 0.15, one to 0.61), with the
+calibration term 0.18, with the augmentation 0.031, with both 0.031. Where nothing collapses there is less to gain: on
+one other seed AugCal's error was 0.8 of the plain method's. With a hundred times the weight on the entropy the plain
+method collapsed on both seeds that were tried, and AugCal on neither.
 """
 
 from __future__ import annotations

@@ -12,9 +12,11 @@ global state; here everything comes from a generator.
 
 What we found: their comparison with temperature scaling rests on a fit that stops after one L-BFGS call at a rate of
 0.01, close to where it starts: it returns T = 1.096 on logits whose best T is 3.22 (`TemperatureScaling` with
-``legacy=True`` does the same). Fitted to the optimum, temperature scaling of an ordinary network is level with Mixup or
-ahead of it on the claim's overlapping classes; against the network as trained Mixup is ahead, in log loss and in
-calibration.
+``legacy=True`` does the same). As trained, Mixup has 0.53 to 0.60 times the calibration error of ordinary training on
+the claim's overlapping classes, and 0.96 to 0.97 times its log loss. After temperatures fitted to the optimum ordinary
+training is ahead: at an overlap of 0.8 its log loss is 0.644, Mixup's 0.675; its calibration error 0.100 and 0.109.
+Without overlap Mixup's calibration error is 0.109 where ordinary training has 0.015; a temperature makes them equal.
+Four points instead of two lower the calibration error further, and raise the log loss.
 """
 
 from __future__ import annotations

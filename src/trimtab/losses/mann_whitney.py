@@ -12,7 +12,11 @@ notices, and SGD and clipping do. Multiple positives a query and dropped pairs (
 ours.
 
 A batch of b queries with h hard negatives has b^2 (b h + b - 1) pairs of pairs. They are formed in blocks that stay in
-the cache, forward and backward, so memory grows with the b^2 (1 + h) scores alone.
+the cache, forward and backward, so memory grows with the b^2 (1 + h) scores alone, at about half the time of the naive
+form from b = 64 on.
+
+What we found: InfoNCE's gradient on a term of the query alone is zero but for rounding, and Adam divides rounding by
+its own size: in single precision such a term drifted by 0.2 in 600 steps, in double by 1e-9 (the claim's setting).
 """
 
 from __future__ import annotations
@@ -128,10 +132,11 @@ class MannWhitney(nn.Module):
 def _logistic_sums(positives: Float[Tensor, " p"], negatives: Float[Tensor, " m"]) -> Float[Tensor, " p"]:
     """For each positive the sum over negatives of log(1 + exp(negative - positive))."""
     block = _CACHED if positives.device.type == "cpu" else _LARGE
-    sums = torch.zeros_like(positives)
-    for part in negatives.split(block):
-        sums = sums + _LogisticSums.apply(positives, part, max(1, block // len(part)))  # type: ignore[no-untyped-call]
-    return sums
+    parts: list[Tensor] = [
+        _LogisticSums.apply(positives, part, max(1, block // len(part)))  # type: ignore[no-untyped-call]
+        for part in negatives.split(block)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 class _LogisticSums(torch.autograd.Function):
@@ -151,6 +156,6 @@ class _LogisticSums(torch.autograd.Function):
         with full_precision(slope):
             for p, g in zip(positives[:, None].split(ctx.rows), slope.split(ctx.rows)):
                 share = (negatives - p).sigmoid()
-                to_positives.append(-g * share.sum(1))
+                to_positives.append(share.sum(1))
                 to_negatives = to_negatives + g @ share
-        return torch.cat(to_positives), to_negatives, None
+        return -slope * torch.cat(to_positives), to_negatives, None

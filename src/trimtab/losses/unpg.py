@@ -12,7 +12,12 @@ and torch's interpolate. Departures: its code fails on a batch of one class, whi
 with MagFace it is what the code means, as published it does not run.
 
 Appending k = b (b - 1) / 2 columns to (b, c) logits is not needed: log-sum-exp of the pairs is one number, shared by
-all rows. That leaves (b, b) similarities beside the head's (b, c) logits.
+all rows. That leaves (b, b) similarities beside the head's (b, c) logits; with b = 512 and c = 2000 a step costs 1.1
+times the head's own, where appended columns cost more than 30 times as much.
+
+What we found, in the claim's setting (TAR at FAR 1e-2, mean of 3 seeds): CosFace 0.634; with UNPG 0.683 at wisk 1.5,
+0.673 without the filter, 0.554 at wisk 0.5. With a fifth of the training labels at random: 0.557; 0.666, 0.645, 0.524.
+So most of the gain is the pairs', the filter adds one or two points, more under noise, and a tight filter does harm.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from trimtab.claims.table import effect, read
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import adapters_table  # noqa: E402
+from benchmarks import adapters_table, objectives_table  # noqa: E402
 
 REPOSITORY_PAGES = {"add-a-method.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 ADMONITION = {"holds": "success", "undecided": "warning", "fails": "failure", "not measured": "note"}
@@ -59,6 +59,11 @@ def on_page_markdown(markdown, page, config, files):
         adapters_corrupted,
         adapters_streams,
         adapters_deeper,
+        objectives_measured,
+        objectives_fashion,
+        objectives_cifar10,
+        objectives_cancer,
+        objectives_diabetes,
     )
     for name, filler in {filler.__name__: filler for filler in fillers}.items():
         if f"<!-- {name} -->" in markdown:
@@ -207,6 +212,31 @@ def adapters_deeper():
     return adapters_table.overview(adapters_table.read(), "C")
 
 
+def objectives_measured():
+    """What is missing of the comparison of objectives."""
+    return objectives_table.measured()
+
+
+def objectives_fashion():
+    """Every objective on Fashion-MNIST."""
+    return objectives_table.table(objectives_table.read("fashion"))
+
+
+def objectives_cifar10():
+    """Every objective on CIFAR-10."""
+    return objectives_table.table(objectives_table.read("cifar10"))
+
+
+def objectives_cancer():
+    """Every objective on the table of tumours."""
+    return objectives_table.table(objectives_table.read("cancer"))
+
+
+def objectives_diabetes():
+    """Every objective on the table of diabetes."""
+    return objectives_table.table(objectives_table.read("diabetes"))
+
+
 def claims():
     """Every claim with what it expected and measured."""
     return "\n\n".join(f"## [{r['slug']}](methods/{r['slug']}.md)\n\n{verdict(r)}" for r in read())
@@ -260,7 +290,6 @@ def nested(value, depth=0):
 
 def method_page(method):
     """The page of one method: what it is, its claim, what the source tells, its interface."""
-    imports = f"from trimtab.{method.stage} import {', '.join(method.symbols)}"
     told = "\n\n".join(
         (f"### `{file.name}`\n\n" if len(method.files) > 1 else "")
         + (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "")
@@ -269,8 +298,8 @@ def method_page(method):
     result = next(r for r in read() if r["slug"] == method.slug)
     # where a symbol has the name of its module, griffe would show the module
     modules = {file.stem for file in method.files}
-    symbols = [f"{symbol}.{symbol}" if symbol in modules else symbol for symbol in method.symbols]
-    interface = "\n\n".join(f"::: trimtab.{method.stage}.{symbol}" for symbol in symbols)
+    symbols = [(name, name.rpartition(".")[2]) for name in method.names]
+    interface = "\n\n".join(f"::: {name}.{symbol}" if symbol in modules else f"::: {name}" for name, symbol in symbols)
     return f"""# {method.title}
 
 {method.summary[0].upper()}{method.summary[1:]}.
@@ -278,7 +307,7 @@ def method_page(method):
 [Paper: arXiv {method.arxiv}]({method.paper}) · stage `{method.stage}` · {method.status} since {method.since}
 
 ```python
-{imports}
+{method.imports}
 ```
 
 ## When to use it, and what we found

@@ -35,10 +35,12 @@ def pages():
 
 @pytest.fixture
 def apart(tmp_path, monkeypatch):
-    """An empty folder to write into, and a random state that readers may seed."""
+    """An empty folder to write into, and random states that readers, and the trainers they call, may seed."""
     monkeypatch.chdir(tmp_path)
+    numpys = np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
         yield
+    np.random.set_state(numpys)  # noqa: NPY002
 
 
 def execute(path, capsys, after=lambda namespace: None):

@@ -108,8 +108,8 @@ def test_half_precision_inputs_stay_so():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"x": torch.zeros(0, 2)}, "x must have at least one row"),
-        ({"x": torch.zeros(3, 2, dtype=torch.long)}, "x must be floating point, got int64: mix embeddings"),
+        ({"x": torch.zeros(0, 2)}, r"x must be floating point with at least one row, got float32"),
+        ({"x": torch.zeros(3, 2, dtype=torch.long)}, r"floating point with at least one row, got int64 \(3, 2\)"),
         ({"x": torch.full((3, 2), torch.nan)}, "x must be finite"),
         ({"weights": torch.tensor([0.5, 0.3])}, "weights must be >= 0 and sum to one over the 2 points"),
         ({"weights": torch.tensor([1.5, -0.5])}, "weights must be >= 0"),

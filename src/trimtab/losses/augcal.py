@@ -3,7 +3,8 @@
 For unsupervised domain adaptation from labelled synthetic to unlabelled real images, on top of any method: the
 synthetic images are replaced by strongly augmented ones everywhere, and a calibration term on their predictions joins
 the loss. Nothing changes at test time. Reach for it where the adapted model is overconfident on real images, or where
-minimising entropy collapses it.
+minimising entropy collapses it. The augmentation has to bring the synthetic images nearer to the real ones: the paper's
+bound on the calibration error there has the distance of the two domains in it.
 
 Chattopadhyay, Goyal, Ecsedi, Prabhu, Hoffman, ICLR 2024, arXiv 2312.06106; no official code is to be found, so
 the paper is followed. There the augmentation is `PASTA` or RandAugment, and the calibration term `DCA`; here both have
@@ -27,7 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
-from trimtab.losses.base import same_device, widened
+from trimtab.losses.base import batch, same_device, widened
 
 
 class AugCalTerms(NamedTuple):
@@ -122,11 +123,7 @@ class AugCal(nn.Module):
     ) -> AugCalTerms:
         """The three parts, to be logged or weighted otherwise; arguments and errors as in `forward`."""
         same_device(source=source, labels=labels, target=target)
-        for name, x in (("source", source), ("target", target)):
-            if x.ndim == 0 or x.numel() == 0 or not x.is_floating_point():
-                what = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
-                raise InputError(f"{name} must be floating point with at least one row, got {what}")
-            checks.finite(x, name)
+        source, target = batch(source, "source"), batch(target, "target")
         augmented = self.augment(source)
         if augmented.shape != source.shape:
             raise InputError(f"augment must keep the shape {tuple(source.shape)}, got {tuple(augmented.shape)}")

@@ -44,6 +44,15 @@ def same_device(**tensors: Tensor) -> None:
             raise InputError(f"{name} must be on the device of {first}, {there}, got {device}")
 
 
+def batch(value: Tensor, name: str) -> Tensor:
+    """A batch of inputs of any shape: floating point, at least one row, finite."""
+    x = checks.tensor(value, name)
+    if x.ndim == 0 or x.numel() == 0 or not x.is_floating_point():
+        what = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+        raise InputError(f"{name} must be floating point with at least one row, got {what}")
+    return checks.finite(x, name)
+
+
 def reduced(values: Tensor, reduction: Reduction) -> Tensor:
     """The mean or the sum of `values`, or `values` as they are."""
     if reduction == "none":

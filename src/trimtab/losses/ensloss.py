@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.losses.base import same_device, widened
+from trimtab.losses.chance import Chance
 
 LabelFormat = Literal["01", "pm1"]
 
@@ -91,7 +92,7 @@ class EnsLoss(nn.Module):
         self.clamp = checks.number(clamp, "clamp", low=0, low_open=True)
         self.eps = checks.number(eps, "eps", low=0)
         self.label_format: LabelFormat = checks.one_of(label_format, "label_format", LabelFormat)
-        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.chance = Chance(generator)
 
     def forward(
         self,
@@ -112,27 +113,16 @@ class EnsLoss(nn.Module):
         same_device(scores=scores, labels=labels)
         f = widened(_scores(scores))
         margins = f * _signs(labels, f, self.label_format)
-        if noise is None:
-            device = self.generator.device
-            noise = torch.randn(len(f), generator=self.generator, device=device, dtype=torch.float32).to(f)
-        else:
-            noise = _noise(noise, f)
+        noise = self.chance.normal([len(f)]).to(f) if noise is None else _noise(noise, f)
         slopes = _derivatives(margins.detach(), noise, self.lam, self.tail, self.clamp, self.eps)
         return (slopes * margins).mean()
 
     def set_epoch(self, epoch: int) -> None:
         """Tell which epoch begins, counted from 0; redraws lam where `lam_period` says so."""
         if self.lam_period is not None and checks.integer(epoch, "epoch", low=0) % self.lam_period == 0:
-            drawn = torch.rand((), generator=self.generator, device=self.generator.device)
+            generator = self.chance.generator
+            drawn = torch.rand((), generator=generator, device=generator.device)
             self.lam = (2 * drawn - 1).to(self.lam)
-
-    def get_extra_state(self) -> Tensor:
-        """The generator's state."""
-        return self.generator.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Continue from a generator's state."""
-        self.generator.set_state(state.cpu())
 
 
 def ensloss_derivatives(

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from trimtab.core import checks
-from trimtab.core.checks import InputError
-from trimtab.losses.base import same_device, widened
+from trimtab.losses.base import batch, same_device, widened
+from trimtab.losses.chance import numpy_generator, permutations
 
 
 class Mixtures(NamedTuple):
@@ -70,17 +69,14 @@ def make_mixtures(
         Noh et al., RankMixup: Ranking-Based Mixup Training for Network Calibration, ICCV 2023, arXiv 2308.11990.
     """
     same_device(x=x, labels=labels)
-    x = checks.tensor(x, "x")
-    if x.ndim == 0 or len(x) == 0 or not x.is_floating_point():
-        raise InputError(f"x must be floating point with at least one row, got {tuple(x.shape)} of {x.dtype}")
+    x = batch(x, "x")
     checks.integer(classes, "classes", low=2)
-    labels = checks.labels(labels, len(checks.finite(x, "x")), classes)
+    labels = checks.labels(labels, len(x), classes)
     checks.number(alpha, "alpha", low=0, low_open=True)
     checks.integer(sets, "sets", low=1)
 
-    seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device)
-    shares = np.random.default_rng(int(seed)).beta(alpha, alpha, sets).tolist()  # torch's Beta takes no generator
-    orders = [torch.randperm(len(x), generator=generator, device=generator.device).to(x.device) for _ in shares]
+    shares = numpy_generator(generator).beta(alpha, alpha, sets).tolist()
+    orders = permutations(sets, len(x), generator).to(x.device)
     hot = one_hot(labels, classes).to(widened(x).dtype)
     return Mixtures(
         torch.cat([torch.lerp(x[order], x, share) for order, share in zip(orders, shares)]),

@@ -4,9 +4,9 @@ Strong augmentation for training on synthetic images that shall serve on real on
 of what `AugCal` takes; on its own it is a transform like any other, applied before images are normalised.
 
 Chattopadhyay, Sarangmath, Vijaykumar, Hoffman 2023, arXiv 2212.00979; the authors' code (prithv1/PASTA) is followed,
-with its two slips in the placing of frequencies: for an even side the first negative frequency gets the strength of
-the zero one, and the highest that of its neighbour; for an odd side all strengths sit one frequency too low. Both
-leave the method what it is. The code takes 3 channels; here any number.
+with its two slips in the placing of frequencies: for an even side every negative frequency gets the strength of its
+neighbour nearer to zero, for an odd side every frequency that of the next higher one. Both leave the method what it is.
+The code takes 3 channels; here any number.
 
 What we found: the factors are drawn for each frequency without the symmetry of a real image's spectrum, and the real
 part is taken at the end, so that only the mean of the factors of a frequency and its mirror image counts. Hence the
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.losses.base import same_device, widened
+from trimtab.losses.chance import Chance
 
 
 class PASTA(nn.Module):
@@ -61,7 +62,7 @@ class PASTA(nn.Module):
         self.alpha = checks.number(alpha, "alpha", low=0)
         self.beta = checks.number(beta, "beta", low=0)
         self.k = checks.number(k, "k", low=0, low_open=True)
-        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.chance = Chance(generator)
 
     def forward(
         self, images: Float[Tensor, "*n c h w"], noise: Float[Tensor, "*n c h w"] | None = None
@@ -77,7 +78,7 @@ class PASTA(nn.Module):
         """
         x = _checked(images)
         if noise is None:
-            noise = torch.randn(x.shape, generator=self.generator, device=self.generator.device)
+            noise = self.chance.normal(x.shape)
         else:
             same_device(images=x, noise=noise)
             if noise.shape != x.shape:
@@ -99,14 +100,6 @@ class PASTA(nn.Module):
         """
         distance = torch.hypot(_frequencies(h)[:, None], _frequencies(w))
         return torch.fft.fftshift((self.alpha * distance / distance.amax()) ** self.k + self.beta)
-
-    def get_extra_state(self) -> Tensor:
-        """The generator's state."""
-        return self.generator.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Continue from a generator's state."""
-        self.generator.set_state(state.cpu())
 
 
 def _frequencies(side: int) -> Float[Tensor, " {side}"]:

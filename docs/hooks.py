@@ -291,7 +291,7 @@ def nested(value, depth=0):
 def method_page(method):
     """The page of one method: what it is, its claim, what the source tells, its interface."""
     told = "\n\n".join(
-        (f"### `{file.name}`\n\n" if len(method.files) > 1 else "")
+        (f"### `{file.relative_to(catalog.PACKAGE).as_posix()}`\n\n" if len(method.files) > 1 else "")
         + (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "")
         for file in method.files
     )

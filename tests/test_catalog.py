@@ -13,7 +13,7 @@ from trimtab.core.checks import InputError
 
 TESTS = Path(__file__).parent
 METHODS = catalog.methods()
-SYMBOLS = [(method, symbol) for method in METHODS for symbol in method.symbols]
+SYMBOLS = [(method, *name.rsplit(".", 1)) for method in METHODS for name in method.names]
 
 
 def test_slugs_and_symbols_are_unique():
@@ -22,11 +22,10 @@ def test_slugs_and_symbols_are_unique():
     assert len({name for m in METHODS for name in m.names}) == len(SYMBOLS)
 
 
-@pytest.mark.parametrize(("method", "symbol"), SYMBOLS, ids=[symbol for _, symbol in SYMBOLS])
-def test_every_symbol_is_there_and_its_example_runs(method, symbol):
-    stage = import_module(f"trimtab.{method.stage}")
-    found = getattr(stage, symbol)
-    assert symbol in stage.__all__
+@pytest.mark.parametrize(("method", "stage", "symbol"), SYMBOLS, ids=[symbol for *_, symbol in SYMBOLS])
+def test_every_symbol_is_there_and_its_example_runs(method, stage, symbol):
+    found = getattr(import_module(stage), symbol)
+    assert symbol in import_module(stage).__all__
     assert found.__doc__
     assert "Example:" in found.__doc__
     assert method.docstring(symbol).partition("\n")[0] == found.__doc__.partition("\n")[0]
@@ -73,5 +72,16 @@ def test_a_method_is_found_by_slug_name_or_symbol():
 
 
 def test_a_symbol_that_is_not_in_the_files():
-    with pytest.raises(InputError, match=r"Nothing is not in .*eata\.py of adaptation"):
+    with pytest.raises(InputError, match=r"Nothing is not in adaptation/eata\.py"):
         catalog.find("eata").docstring("Nothing")
+
+
+def test_parts_are_imported_and_read_from_where_they_lie():
+    method = catalog.find("FactoredOutput")
+    assert method.slug == "34-z-loss"
+    assert method.imports.splitlines() == [
+        f"from trimtab.losses import {', '.join(method.symbols)}",
+        "from trimtab.nn import FactoredOutput",
+    ]
+    assert method.files == (*method.rooms, catalog.PACKAGE / "nn" / "factored_output.py")
+    assert method.docstring("FactoredOutput").startswith("A linear layer without bias")

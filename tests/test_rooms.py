@@ -10,7 +10,7 @@ from trimtab import catalog
 from trimtab.adaptation import ADAPTERS
 from trimtab.calibration import CALIBRATORS
 
-ROOMS = {file for method in catalog.methods() for file in method.files}
+ROOMS = {file for method in catalog.methods() for file in method.rooms}
 ROOMS |= {Path(inspect.getfile(kind)) for kind in (*ADAPTERS, *CALIBRATORS)}
 
 

@@ -30,11 +30,23 @@ class Method:
     claim: str
     status: str
     since: str
+    parts: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The symbols as they are imported: ``trimtab.adaptation.EATA``."""
-        return tuple(f"trimtab.{self.stage}.{symbol}" for symbol in self.symbols)
+        """The symbols, then the parts, as they are imported: ``trimtab.adaptation.EATA``."""
+        parts = (part.split(".") for part in self.parts)
+        own = (f"trimtab.{self.stage}.{symbol}" for symbol in self.symbols)
+        return (*own, *(f"trimtab.{stage}.{symbol}" for stage, *_, symbol in parts))
+
+    @property
+    def imports(self) -> str:
+        """The line of Python that imports them; a line for each stage where there are several."""
+        stages: dict[str, list[str]] = {}
+        for name in self.names:
+            stage, _, symbol = name.rpartition(".")
+            stages.setdefault(stage, []).append(symbol)
+        return "\n".join(f"from {stage} import {', '.join(symbols)}" for stage, symbols in stages.items())
 
     @property
     def paper(self) -> str:
@@ -42,17 +54,23 @@ class Method:
         return f"https://arxiv.org/abs/{self.arxiv}"
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        """The source files, read from the package."""
+    def rooms(self) -> tuple[Path, ...]:
+        """The source files of the method alone."""
         return tuple(PACKAGE / self.stage / name.strip() for name in self.file.split(","))
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The source files, those of the parts too, read from the package."""
+        shared = (PACKAGE.joinpath(*part.split(".")[:-1]).with_suffix(".py") for part in self.parts)
+        return tuple(dict.fromkeys((*self.rooms, *shared)))
+
     def docstring(self, symbol: str) -> str:
-        """The docstring of one of its symbols, read from the source without importing it."""
+        """The docstring of one of its symbols or parts, read from the source without importing it."""
         for file in self.files:
             for node in ast.parse(file.read_text(encoding="utf-8")).body:
                 if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == symbol:
                     return ast.get_docstring(node) or ""
-        raise InputError(f"{symbol} is not in {self.file} of {self.stage}")
+        raise InputError(f"{symbol} is not in {', '.join(f.relative_to(PACKAGE).as_posix() for f in self.files)}")
 
 
 @cache
@@ -64,7 +82,8 @@ def methods() -> tuple[Method, ...]:
         ['24-eata']
     """
     entries = tomllib.loads((PACKAGE / "catalog.toml").read_text(encoding="utf-8"))["method"]
-    return tuple(Method(**{**entry, "symbols": tuple(entry["symbols"])}) for entry in entries)
+    lists = ("symbols", "parts")
+    return tuple(Method(**{**entry, **{name: tuple(entry.get(name, ())) for name in lists}}) for entry in entries)
 
 
 def find(query: str) -> Method:
@@ -77,7 +96,11 @@ def find(query: str) -> Method:
         >>> find("eata").slug == find("24-eata").slug == find("ETA").slug
         True
     """
-    known = {name.lower(): m for m in methods() for name in (m.slug, m.slug.partition("-")[2], *m.symbols)}
+    known = {
+        name.lower(): m
+        for m in methods()
+        for name in (m.slug, m.slug.partition("-")[2], *(name.rpartition(".")[2] for name in m.names))
+    }
     if query.lower() in known:
         return known[query.lower()]
     near = difflib.get_close_matches(query.lower(), known, n=3)

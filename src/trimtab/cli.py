@@ -318,8 +318,9 @@ def show(
         return
     typer.echo(f"{method.title}\n{method.summary}\n")
     typer.echo(f"paper   {method.paper}\nstatus  {method.status}, since {method.since}")
-    typer.echo(f"import  from trimtab.{method.stage} import {', '.join(method.symbols)}\n")
-    for symbol in method.symbols:
+    imports = method.imports.replace("\n", "\n        ")
+    typer.echo(f"import  {imports}\n")
+    for symbol in (name.rpartition(".")[2] for name in method.names):
         opening = method.docstring(symbol).partition("\n\n")[0]
         typer.echo(f"{symbol}: {opening}")
     if result is not None:

@@ -1,5 +1,7 @@
 """AnyLossLogistic (70-anyloss): the authors' single-layer model, in scikit-learn's terms."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,11 @@ def _global_random_state_is_untouched():
 @parametrize_with_checks([AnyLossLogistic(n_iter=100, learning_rate=0.1)])
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
+
+
+def test_it_alone_brings_scikit_learn():
+    code = "import sys, trimtab.losses; assert 'sklearn' not in sys.modules; trimtab.losses.AnyLossLogistic"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def unbalanced(seed=0):

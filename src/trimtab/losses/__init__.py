@@ -1,7 +1,9 @@
 """Training objectives: losses that leave a model right, not only confident."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from trimtab.losses.anyloss import AnyLoss
-from trimtab.losses.anyloss_logistic import AnyLossLogistic
 from trimtab.losses.augcal import AugCal, AugCalTerms
 from trimtab.losses.calibration_terms import DCA, MDCA, MMCE
 from trimtab.losses.certified import CertifiedIBP, CertifiedTerms, ErrorRates, SmoothedEps, ibp_init_
@@ -32,6 +34,9 @@ from trimtab.losses.training import OBJECTIVES, Batch, Objective, Task, train
 from trimtab.losses.uncertain import UncertainBatches, select_uncertain
 from trimtab.losses.unpg import UNPG, pair_similarities, whisker_filter
 from trimtab.losses.z_loss import ZLoss
+
+if TYPE_CHECKING:
+    from trimtab.losses.anyloss_logistic import AnyLossLogistic
 
 __all__ = [
     "DCA",
@@ -101,3 +106,9 @@ __all__ = [
     "trajectory_kl",
     "whisker_filter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AnyLossLogistic":  # it brings scikit-learn, which the losses do without
+        return import_module("trimtab.losses.anyloss_logistic").AnyLossLogistic
+    raise AttributeError(f"module 'trimtab.losses' has no attribute {name!r}")

@@ -43,6 +43,8 @@ def test_the_estimate_is_unbiased():
         (lambda: pass_at_n_unbiased(8, torch.tensor([1, 9]), 4), "right must not exceed drawn, found 9 of 8 at row 1"),
         (lambda: pass_at_n_unbiased(8, torch.tensor([-1]), 4), "right must be >= 0, found -1 at row 0"),
         (lambda: pass_at_n_unbiased(8, torch.tensor([1.0]), 4), "right must be a vector of integers"),
+        (lambda: pass_at_n_unbiased(torch.tensor([8, 8]), torch.tensor([1]), 4), r"drawn must be .* of shape \(2,\)"),
+        (lambda: pass_at_n_unbiased(torch.tensor([8.5]), torch.tensor([1]), 4), "drawn must be .* got torch.float32"),
     ],
 )
 def test_impossible_counts_are_refused_in_words(call, told):

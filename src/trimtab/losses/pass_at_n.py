@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
-from trimtab.losses.base import widened
+from trimtab.losses.base import same_device, widened
 
 
 def pass_at_n(p: Float[Tensor, " k"], samples: int) -> Float[Tensor, " k"]:
@@ -73,7 +73,10 @@ def pass_at_n_unbiased(drawn: int | Int[Tensor, " k"], right: Int[Tensor, " k"],
     samples = checks.integer(samples, "samples", low=1)
     if right.ndim != 1 or right.is_floating_point() or right.dtype == torch.bool:
         raise InputError(f"right must be a vector of integers, got {right.dtype} of shape {tuple(right.shape)}")
-    n = torch.as_tensor(drawn, device=right.device).expand(right.shape)
+    n = drawn if isinstance(drawn, Tensor) else torch.full_like(right, checks.integer(drawn, "drawn"))
+    same_device(right=right, drawn=n)
+    if n.shape != right.shape or n.is_floating_point():
+        raise InputError(f"drawn must be an integer, or one for each problem, got {n.dtype} of shape {tuple(n.shape)}")
     for bad, words in ((n < samples, f"drawn must be at least {samples}"), (right > n, "right must not exceed drawn")):
         if bool(bad.any()):
             row = int(bad.nonzero()[0])

@@ -16,7 +16,7 @@ code's command line divides each answer's loss by its number of tokens, which is
 What we found: in the claim's long training on noisy labels, cross-entropy's pass@8 falls from 0.87 (epoch 10) to 0.76
 (epoch 60); that of DCO ends at 0.82. Yet cross-entropy stopped at epoch 10 has more of both, pass@1 and pass@8, than
 DCO at epoch 60: stop early where something can be held out. And p is a product: for N = 256 and answers of 100 tokens,
-F stays near 1 until tokens have a probability of 0.94 each. On long answers the loss is cross-entropy until they are
+F stays above 0.9 until tokens have a probability of 0.93 each. On long answers the loss is cross-entropy until they are
 known by heart, so the paper scores proofs step by step, and estimates the chance of a chain of thought by sampling.
 """
 

@@ -54,7 +54,7 @@ class SAF(nn.Module):
 
     Args:
         samples: size of the training set; the memory holds samples x (lookback + 1) x classes numbers on the CPU, or
-            where ``.to(device)`` moves it. CIFAR-100 takes 82 MB, ImageNet 20.6 GB, half of it in float16.
+            where ``.to(device)`` moves it. CIFAR-100 takes 82 MB, ImageNet 20.5 GB, half of it in float16.
         classes: number of classes.
         weight: of the divergence, >= 0; 0.3 as in the paper and its run script.
         temperature: softens both outputs, > 0; 5.
@@ -65,7 +65,8 @@ class SAF(nn.Module):
             runs smooth labels by 0.1.
         dtype: precision of the memory; float32. float16 halves it, see `OutputMemory`.
         path: a file to keep the memory in, mapped, instead of RAM; it lies beside ``state_dict()`` and is gone on with
-            when it is there. Processes that train on one machine may share it.
+            when it is there. Processes that train on one machine are to share it: a distributed sampler hands a sample
+            to another process in the next epoch, whose memory of its own would lack it.
         persistent: whether a memory in RAM is part of ``state_dict()``. Without it a resumed run teaches nothing for
             `lookback` epochs.
 

@@ -12,9 +12,16 @@ from trimtab.audit import Setup, audit
 from trimtab.audit import objectives as module
 from trimtab.audit.report import render
 from trimtab.audit.result import AuditResult
+from trimtab.calibration import TemperatureScaling, Uncalibrated, select
 from trimtab.core.checks import InputError
 
 FAST = {"resamples": 20, "folds": 2, "onnx": False}
+
+
+@pytest.fixture(autouse=True)
+def _two_calibrators(monkeypatch):
+    """The ranking of all of them takes most of an audit, and is not what is looked at here."""
+    monkeypatch.setattr(select, "able", lambda predictions: (Uncalibrated, TemperatureScaling))
 
 
 def setup() -> Setup:

@@ -146,8 +146,16 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(InputError, match=message):
             quantizer(x)
-    with pytest.raises(InputError, match="must see a batch in train mode first"):
-        quantizer.eval()(latents())
+    codes, probs = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1, 5), 0.2)
+    for early in (
+        lambda: small().eval()(latents()),
+        lambda: quantizer.quantize(latents()),
+        lambda: quantizer.dequantize(codes),
+        lambda: quantizer.soft_dequantize(probs),
+    ):
+        with pytest.raises(InputError, match="must see a batch in train mode first"):
+            early()
+    quantizer(latents())
     with pytest.raises(InputError, match=r"codes must lie in 0..4, found 5 at row 1"):
         quantizer.dequantize(torch.tensor([[0, 5]]))
     with pytest.raises(InputError, match=r"probs must have shape \(n, t, 5\), got \(1, 1, 4\)"):

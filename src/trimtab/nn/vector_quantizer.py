@@ -115,8 +115,8 @@ class EMAResetQuantizer(nn.Module):
             self.codebook = torch.where(self.initialized, self.codebook, fresh)
             self.code_sum = torch.where(self.initialized, self.code_sum, fresh)
             self.initialized = torch.ones_like(self.initialized)
-        elif not checks.unread(rows) and not bool(self.initialized):
-            raise InputError("the quantizer must see a batch in train mode first: it has no codebook")
+        else:
+            self._seen()
         codes = self._nearest(rows.detach())
         taken = self.codebook[codes]
         commitment = (rows - taken).square().mean()
@@ -129,15 +129,21 @@ class EMAResetQuantizer(nn.Module):
         return Quantized(output, commitment, perplexity, codes.view(len(x), -1))
 
     def quantize(self, x: Float[Tensor, "n dim t"]) -> Int[Tensor, "n t"]:
-        """The codes of latents, without following them."""
+        """The codes of latents, without following them.
+
+        Raises:
+            InputError: another shape or type, a value that is not finite, or no codebook yet.
+        """
+        self._seen()
         return self._nearest(self._rows(x).detach()).view(len(x), -1)
 
     def dequantize(self, codes: Int[Tensor, "n t"]) -> Float[Tensor, "n dim t"]:
         """The latents that codes stand for.
 
         Raises:
-            InputError: a code is no integer in 0..codes-1.
+            InputError: a code is no integer in 0..codes-1, or there is no codebook yet.
         """
+        self._seen()
         flat = checks.labels(codes.flatten(), codes.numel(), self.codes, "codes")
         return self.codebook[flat].view(*codes.shape, self.dim).transpose(1, 2)
 
@@ -145,12 +151,18 @@ class EMAResetQuantizer(nn.Module):
         """Means of the codebook, weighted by probabilities: differentiable, and never outside what the codes span.
 
         Raises:
-            InputError: another shape, or a value that is not finite.
+            InputError: another shape, a value that is not finite, or no codebook yet.
         """
+        self._seen()
         if probs.ndim != 3 or probs.shape[-1] != self.codes:
             raise InputError(f"probs must have shape (n, t, {self.codes}), got {tuple(probs.shape)}")
         checks.finite(probs, "probs")
         return (probs @ self.codebook.to(probs)).transpose(1, 2)
+
+    def _seen(self) -> None:
+        """Refuse what needs a codebook before there is one."""
+        if not checks.unread(self.initialized) and not bool(self.initialized):
+            raise InputError("the quantizer must see a batch in train mode first: it has no codebook")
 
     def _rows(self, x: Tensor) -> Float[Tensor, "rows dim"]:
         if x.ndim != 3 or x.shape[1] != self.dim or x.numel() == 0:

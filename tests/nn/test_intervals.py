@@ -127,6 +127,18 @@ def test_narrow_boxes_keep_their_width_in_single_precision():
     torch.testing.assert_close(found.double(), exact.radius, rtol=1e-5, atol=0)
 
 
+@pytest.mark.bad_input
+def test_boxes_and_labels_that_are_none_are_refused():
+    network, x = IntervalBounds(built(lambda: nn.Sequential(nn.Linear(2, 3)))), torch.zeros(2, 2, dtype=torch.float64)
+    width = torch.tensor([[0.1, 0.1], [0.1, -0.1]], dtype=torch.float64)
+    with pytest.raises(InputError, match=r"box.radius must lie in \[0, inf\], found -0.1 at row 1, column 1"):
+        network(Interval(x, x, width))
+    with pytest.raises(InputError, match=r"box must have parts of one shape, got \(2, 2\), \(1, 2\), \(2, 2\)"):
+        network(Interval(x, x[:1], x))
+    with pytest.raises(InputError, match=r"labels must lie in 0..2, found 3 at row 1"):
+        network.margins(Interval(x, x, x), torch.tensor([0, 3]))
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x

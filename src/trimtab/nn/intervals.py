@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from trimtab.core import checks
 from trimtab.core.checks import InputError
 
 
@@ -101,19 +102,26 @@ class IntervalBounds(nn.Module):
             raise InputError("model must end in an nn.Linear layer, whose outputs are the logits")
 
     def forward(self, box: Interval) -> Interval:
-        """The logits of the inputs, and bounds of the logits over their boxes."""
+        """The logits of the inputs, and bounds of the logits over their boxes.
+
+        Raises:
+            InputError: the parts of the box differ in shape, or a radius is negative or NaN.
+        """
         last, _ = self._before_head(box)
-        head = self.head
-        return _linear(head, last)
+        return _linear(self.head, last)
 
     def margins(self, box: Interval, labels: Int[Tensor, " n"]) -> Margins:
         """The logits of the inputs, and lower bounds of the margins by which the labels win over their boxes.
 
         The difference of two logits is taken within the last layer, where it is bounded more tightly than as the
         difference of two bounds.
+
+        Raises:
+            InputError: as in `forward`, or labels are wrong.
         """
-        last, before_relu = self._before_head(box)
         head = self.head
+        labels = checks.labels(labels, len(box.clean), head.out_features)
+        last, before_relu = self._before_head(box)
         logits, centre = F.linear(torch.cat((last.clean, last.centre)), head.weight, head.bias).chunk(2)
         ahead = head.weight[labels][:, None] - head.weight  # (n, c, features)
         spread = torch.einsum("ncd,nd->nc", ahead.abs(), last.radius)
@@ -133,6 +141,9 @@ class IntervalBounds(nn.Module):
 
     def _before_head(self, box: Interval) -> tuple[Interval, list[Interval]]:
         """What the last layer is given, and what each ReLU is given."""
+        if not box.clean.shape == box.centre.shape == box.radius.shape:
+            raise InputError(f"box must have parts of one shape, got {', '.join(str(tuple(x.shape)) for x in box)}")
+        checks.within(box.radius, "box.radius", 0.0, torch.inf)
         values: dict[str, Any] = {self.entry: box}
         before_relu: list[Interval] = []
         for step in self.steps[:-1]:

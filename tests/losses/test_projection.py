@@ -55,7 +55,13 @@ def test_what_cannot_be_measured_is_refused():
     for args, named, message in (
         ((points, seen[:, :3]), {}, "keypoints must be as many as points"),
         ((points[..., :2], seen), {}, r"points must be floating point of shape \(n, k, 3\)"),
-        ((points, seen), {"confidence": torch.zeros(6, 8)}, "every keypoint seen in a sample"),
+        (
+            (points, seen),
+            {"confidence": torch.zeros(6, 8)},
+            "for each keypoint in some sample, it is not for keypoint 0",
+        ),
+        ((points, seen), {"confidence": -torch.ones(6, 8)}, "confidence must be >= 0, found row 0, column 0"),
+        ((points, seen), {"confidence": torch.ones(6, 8, device="meta")}, "confidence must be on the device of points"),
         ((points, seen), {"confidence": torch.zeros(6, 7)}, r"confidence must have shape \(6, 8\), got \(6, 7\)"),
         ((points, -seen), {}, "keypoints must show the points from in front of them, row 0"),
         ((points, seen), {"focal": 0.0}, r"focal must lie in \(0, inf\)"),
@@ -64,3 +70,6 @@ def test_what_cannot_be_measured_is_refused():
             camera_bias(*args, **named)
     with pytest.raises(InputError, match="camera must have 6 rows"):
         perspective(points, camera[:5])
+    camera[2, 0] = -1
+    with pytest.raises(InputError, match="camera must be in front of all points, it is not at row 2, column 0"):
+        perspective(points, camera)

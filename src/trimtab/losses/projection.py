@@ -41,7 +41,8 @@ def perspective(
         (n, k, 2).
 
     Raises:
-        InputError: a shape is wrong, a value is not finite, or a number is not positive.
+        InputError: a shape is wrong, a value is not finite, a number is not positive, or a point is not in front of
+            the camera.
 
     Example:
         >>> perspective(torch.tensor([[[0.0, 0.0, 0.0], [0.0, -0.9, 0.0]]]), torch.tensor([[1.0, 0.1, 0.0]]))
@@ -56,7 +57,11 @@ def perspective(
     checks.number(focal, "focal", low=0.0, low_open=True)
     checks.number(size, "size", low=0.0, low_open=True)
     scale, x, y = camera.unbind(1)
-    return _projected(points + torch.stack((x, y, 2 * focal / (size * scale + 1e-9)), 1)[:, None], focal / size)
+    placed = points + torch.stack((x, y, 2 * focal / (size * scale + 1e-9)), 1)[:, None]
+    behind = placed[..., 2] <= 0
+    if not checks.unread(behind) and bool(behind.any()):
+        raise InputError(f"camera must be in front of all points, it is not at {checks.first_bad(behind)}")
+    return _projected(placed, focal / size)
 
 
 def camera_bias(
@@ -89,17 +94,23 @@ def camera_bias(
         >>> bool((camera_bias(body, seen) > 1e-4).all())
         True
     """
-    base.same_device(points=points, keypoints=keypoints)
+    weight = torch.ones_like(points[..., 0]) if confidence is None else confidence
+    base.same_device(points=points, keypoints=keypoints, confidence=weight)
     _check_points(points, "points", 3)
     _check_points(keypoints, "keypoints", 2)
     if keypoints.shape[:2] != points.shape[:2] or points.shape[1] < 2:
         raise InputError(f"keypoints must be as many as points, and 2 or more, got {tuple(keypoints.shape)}")
-    weight = torch.ones_like(points[..., 0]) if confidence is None else confidence
     if weight.shape != points.shape[:2]:
         raise InputError(f"confidence must have shape {tuple(points.shape[:2])}, got {tuple(weight.shape)}")
     weight = checks.finite(weight, "confidence").double()
-    if bool((weight < 0).any()) or not bool(weight.sum(0).all()):
-        raise InputError("confidence must be >= 0, and every keypoint seen in a sample")
+    if bool((weight < 0).any()):
+        raise InputError(f"confidence must be >= 0, found {checks.first_bad(weight < 0)}")
+    unseen = weight.sum(0) == 0
+    if bool(unseen.any()):
+        first = int(unseen.to(torch.uint8).argmax())
+        raise InputError(
+            f"confidence must be positive for each keypoint in some sample, it is not for keypoint {first}"
+        )
     ratio = checks.number(focal, "focal", low=0.0, low_open=True) / checks.number(size, "size", low=0.0, low_open=True)
     space, seen = points.double(), keypoints.double()
     away = (_projected(space + _placed(space, seen, weight, ratio)[:, None], ratio) - seen).square().sum(-1)

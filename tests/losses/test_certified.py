@@ -235,6 +235,11 @@ def test_weights_after_a_sum_are_halved_where_one_operation_lies_between(act, sh
     assert torch.equal(model.first.bias, head[1])
 
 
+def test_without_a_generator_the_weights_are_the_same_each_time():
+    first, second = (ibp_init_(perceptron(seed)) for seed in (0, 1))
+    assert torch.equal(first[0].weight, second[0].weight)
+
+
 def test_convolutions_count_what_they_see():
     with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(nn.Conv2d(8, 64, 3, groups=2), nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(64, 2))

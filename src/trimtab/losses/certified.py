@@ -259,7 +259,7 @@ def ibp_init_(model: nn.Module, *, generator: torch.Generator | None = None) -> 
 
     Args:
         model: a network of linear and convolution layers that `torch.fx` can trace.
-        generator: where the weights are drawn from; torch's own by default.
+        generator: draws the weights, on their device. None: a new one with seed 0.
 
     Returns:
         The model.
@@ -280,6 +280,7 @@ def ibp_init_(model: nn.Module, *, generator: torch.Generator | None = None) -> 
     weights = [weight for name, weight in model.named_parameters() if name.endswith("weight") and weight.ndim > 1]
     if len(weights) < 2:
         raise InputError(f"model must have at least two layers with weights, got {len(weights)}")
+    generator = generator or torch.Generator(weights[0].device).manual_seed(0)
     with torch.no_grad():
         for weight in weights[:-1]:
             weight.normal_(0, math.sqrt(2 * math.pi) / weight[0].numel(), generator=generator)

@@ -52,6 +52,7 @@ def test_the_authors_numbers(path, monkeypatch):
         triplet = ProtoTriplet()(support, ys, queries, yq)
 
         def near(actual, expected, name, case=case, rtol=rtol):
+            expected = np.asarray(expected)
             atol = rtol * float(np.abs(expected).max())
             np.testing.assert_allclose(actual.detach(), expected, rtol=rtol, atol=atol, err_msg=f"{case} {name}")
 

@@ -31,7 +31,7 @@ from trimtab.core.checks import InputError
 from trimtab.losses.base import Reduction, reduced, same_device, widened
 from trimtab.metrics.ms_ssim import constants, ms_ssim
 
-FLOOR = 1e-8
+_FLOOR = 1e-8
 
 
 class MSSSIM(nn.Module):
@@ -95,7 +95,7 @@ class MSSSIM(nn.Module):
         Raises:
             InputError: a shape, type, device or value is wrong, or the images are too small.
         """
-        return reduced(1 - self._similarity(outputs, targets, floor=FLOOR), self.reduction)
+        return reduced(1 - self._similarity(outputs, targets, floor=_FLOOR), self.reduction)
 
 
 class ExpectedLossVAE(nn.Module):

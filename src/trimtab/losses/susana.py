@@ -181,7 +181,8 @@ def icnn_score(
     m = len(t)
     if m < 3:
         raise InputError(f"{'embeddings' if targets is None else 'targets'} must have at least 3 rows, got {m}")
-    few, k = k + 2 >= m, min(checks.integer(k, "k", low=1), m - 2)
+    few = checks.integer(k, "k", low=1) + 2 >= m
+    k = min(k, m - 2)
     ipc = k + 1 if ipc is None else checks.integer(ipc, "ipc", low=1, high=m - 1)
     if targets is None:
         near = nearest(x, t, ipc, leave_out=torch.arange(m, device=x.device))

@@ -20,6 +20,28 @@ def moments(
     return found
 
 
+def sums(
+    logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """The targets' scores, and of the rows the sums of squares and the sums."""
+    found: tuple[Tensor, Tensor, Tensor] = _Sums.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(logits, labels)
+        return logits.gather(1, labels[:, None])[:, 0], logits.square().sum(1), logits.sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, on_target: Tensor, on_squares: Tensor, on_total: Tensor) -> tuple[Tensor, None]:
+        """on_total + 2 on_squares o, and on_target at the target."""
+        logits, labels = ctx.saved_tensors
+        gradient = torch.addcmul(on_total[:, None], logits, 2 * on_squares[:, None])
+        return gradient.scatter_add_(1, labels[:, None], on_target[:, None]), None
+
+
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

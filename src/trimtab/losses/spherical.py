@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trimtab.core import checks
 from trimtab.losses import base
 from trimtab.losses.base import Reduction
-from trimtab.losses.moments import moments
+from trimtab.losses.moments import sums
 
 
 class _Spherical(nn.Module):
@@ -30,9 +30,7 @@ class _Spherical(nn.Module):
     def forward(self, logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, "..."]:
         """The loss of logits (n, c) at labels (n,)."""
         logits, labels = base.pair(logits, labels)
-        target, mean, variance = moments(logits, labels)
-        classes = logits.shape[1]
-        return self.of_sums(target, classes * (variance + mean.square()), classes * mean, classes)
+        return self.of_sums(*sums(logits, labels), logits.shape[1])
 
     def of_sums(
         self, target: Float[Tensor, " n"], squares: Float[Tensor, " n"], total: Float[Tensor, " n"], classes: int

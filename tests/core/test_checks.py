@@ -121,6 +121,13 @@ def test_the_first_label_out_of_range_is_named(n, c, data):
         checks.labels(y, n, c)
 
 
+def test_labels_without_an_end_are_any_that_are_not_negative():
+    y = torch.tensor([0, torch.iinfo(torch.int64).max])
+    assert torch.equal(checks.labels(y, 2, None), y)
+    with pytest.raises(InputError, match="labels must be >= 0, found -2 at row 1"):
+        checks.labels(torch.tensor([0, -2, -3]), 3, None)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -208,7 +208,7 @@ def test_bad_input_is_refused():
         ((x, y, x), {}, "targets and target_labels must be given together"),
         ((x, y, x[:, :2], y), {}, "targets must have the 3 columns of embeddings, got 2"),
         ((x, y.double()), {}, "labels must be integer class indices"),
-        ((x, -y), {}, "labels must lie in 0"),
+        ((x, -y), {}, "labels must be >= 0, found -1 at row 1"),
         ((x * 1e200, y), {}, "the distances between embeddings must be finite"),
         ((x, y, x.to("meta"), y.to("meta")), {}, "targets must be on the device of embeddings, cpu, got meta"),
     ]:

@@ -36,6 +36,11 @@ def unread(value: Tensor) -> bool:
     return torch.compiler.is_compiling() or value.is_meta
 
 
+def described(value: Tensor) -> str:
+    """The type and the shape of a tensor, in words: ``float32 (3, 2)``."""
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
 def first_bad(bad: Tensor) -> str:
     """Where the first true entry of `bad` is, in words: ``row 3, column 1``."""
     index = [int(i) for i in np.unravel_index(int(bad.flatten().to(torch.uint8).argmax()), tuple(bad.shape))]
@@ -113,8 +118,8 @@ def probabilities(value: Any, name: str = "probs", *, atol: float = 1e-3) -> Flo
     return p
 
 
-def labels(value: Any, n: int, c: int, name: str = "labels") -> Int[Tensor, " n"]:
-    """Class indices: n integers in 0..c-1, as int64."""
+def labels(value: Any, n: int, c: int | None, name: str = "labels") -> Int[Tensor, " n"]:
+    """Class indices: n integers in 0..c-1, or any that are not negative, as int64."""
     y = tensor(value, name)
     if y.ndim != 1:
         raise InputError(f"{name} must have shape (n,), got {tuple(y.shape)}")
@@ -127,9 +132,10 @@ def labels(value: Any, n: int, c: int, name: str = "labels") -> Int[Tensor, " n"
         return y
     # a third of the time that two comparisons take
     low, high = torch.aminmax(y)
-    if low.item() < 0 or high.item() >= c:
-        row = int(((y < 0) | (y >= c)).to(torch.uint8).argmax())
-        raise InputError(f"{name} must lie in 0..{c - 1}, found {int(y[row])} at row {row}")
+    if low.item() < 0 or (c is not None and high.item() >= c):
+        wrong, wanted = (y < 0, "be >= 0") if c is None else ((y < 0) | (y >= c), f"lie in 0..{c - 1}")
+        row = int(wrong.to(torch.uint8).argmax())
+        raise InputError(f"{name} must {wanted}, found {int(y[row])} at row {row}")
     return y
 
 

@@ -48,8 +48,7 @@ def batch(value: Tensor, name: str) -> Tensor:
     """A batch of inputs of any shape: floating point, at least one row, finite."""
     x = checks.tensor(value, name)
     if x.ndim == 0 or x.numel() == 0 or not x.is_floating_point():
-        what = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
-        raise InputError(f"{name} must be floating point with at least one row, got {what}")
+        raise InputError(f"{name} must be floating point with at least one row, got {checks.described(x)}")
     return checks.finite(x, name)
 
 

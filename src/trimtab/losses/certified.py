@@ -196,10 +196,7 @@ class CertifiedIBP(nn.Module):
         head = self.bounds.head
         same_device(model=head.weight, images=images, labels=labels)
         if images.ndim < 2 or images.numel() == 0 or not images.is_floating_point():
-            raise InputError(
-                "images must be floating point of shape (n, ...), n >= 1, "
-                f"got {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
-            )
+            raise InputError(f"images must be floating point of shape (n, ...), n >= 1, got {checks.described(images)}")
         x = checks.finite(images, "images").to(head.weight.dtype)
         y = checks.labels(labels, len(x), head.out_features)
         with full_precision(x):

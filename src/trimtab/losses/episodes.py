@@ -25,7 +25,7 @@ class EpisodeSampler(Sampler[list[int]]):
         labels: (n,) classes of the whole data set, integers >= 0.
         way: classes an episode, at least 2.
         shot: support examples a class, at least 1.
-        queries: queries a class, at least 1; 15 in tests everywhere.
+        queries: queries a class, at least 1; 15 in most papers' tests.
         episodes: how many episodes one pass gives.
         seed: of the draws. Another pass gives other episodes.
 
@@ -54,7 +54,7 @@ class EpisodeSampler(Sampler[list[int]]):
         seed: int = 0,
     ):
         y = checks.tensor(labels, "labels")
-        y = checks.labels(y, len(y) if y.ndim else 0, 2**31).cpu()
+        y = checks.labels(y, len(y) if y.ndim else 0, None).cpu()
         self.way = checks.integer(way, "way", low=2)
         self.shot = checks.integer(shot, "shot", low=1)
         self.queries = checks.integer(queries, "queries", low=1)

@@ -13,8 +13,6 @@ from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.losses import base
 
-LARGEST_LABEL = 2**31 - 1
-
 
 def prototypes(
     embeddings: Float[Tensor, "n d"], labels: Int[Tensor, " n"]
@@ -69,7 +67,7 @@ def labelled(embeddings: Tensor, labels: Tensor, name: str, labels_name: str) ->
     """Checked embeddings, at least float32, and their labels, by the names of both."""
     base.same_device(**{name: embeddings, labels_name: labels})
     embeddings = checks.matrix(embeddings, name)
-    return base.widened(embeddings), checks.labels(labels, len(embeddings), LARGEST_LABEL + 1, labels_name)
+    return base.widened(embeddings), checks.labels(labels, len(embeddings), None, labels_name)
 
 
 def places(labels: Tensor, classes: Tensor, name: str) -> Tensor:

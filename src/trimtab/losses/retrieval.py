@@ -105,6 +105,5 @@ def as_mask(positive: Tensor, columns: int) -> Bool[Tensor, "q d"]:
 
 def _mask(mask: Tensor, like: Tensor, name: str) -> Bool[Tensor, "q d"]:
     if mask.shape != like.shape or mask.dtype != torch.bool:
-        what = f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
-        raise InputError(f"{name} must be boolean of shape {tuple(like.shape)}, got {what}")
+        raise InputError(f"{name} must be boolean of shape {tuple(like.shape)}, got {checks.described(mask)}")
     return mask

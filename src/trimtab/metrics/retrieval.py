@@ -83,8 +83,7 @@ class PooledRetrievalAUC(Metric):
         s = checks.matrix(scores, "scores").detach()
         relevant = checks.tensor(relevance, "relevance").to(s.device)
         if relevant.shape != s.shape or relevant.dtype != torch.bool:
-            what = f"{str(relevant.dtype).removeprefix('torch.')} {tuple(relevant.shape)}"
-            raise InputError(f"relevance must be boolean of shape {tuple(s.shape)}, got {what}")
+            raise InputError(f"relevance must be boolean of shape {tuple(s.shape)}, got {checks.described(relevant)}")
         self.positives.append(s[relevant])
         if self.top_k is not None and self.top_k < s.shape[1]:
             s, top = s.topk(self.top_k, 1, sorted=False)

@@ -1,14 +1,15 @@
-"""Pose tokens: a pose as a row of codes from a codebook of valid poses, and the head by which a regressor says them.
+"""Pose tokens: a pose as a row of codes from a codebook of valid poses, and the head that predicts them.
 
-A tokenizer is trained on valid poses to give them back through a small set of codes. A regressor that says
-probabilities over codes, decoded by the frozen tokenizer, then hardly leaves what valid poses look like. Any pose in
+A tokenizer is trained on valid poses to give them back through a small set of codes. A regressor that predicts
+probabilities of codes, decoded by the frozen tokenizer, then hardly leaves what valid poses look like. Any pose in
 rotations of six numbers a joint will do; the sizes of the paper are for the 21 body joints of SMPL.
 
 Paper: Dwivedi, Sun, Patel, Feng, Black, "TokenHMR: Advancing Human Mesh Recovery with a Tokenized Pose Representation",
 CVPR 2024 (arXiv:2404.16752); written anew from its description. The authors' loss also compares vertices and joints
 of a body model, which is licensed apart and left out: `PoseTokenizer.loss` keeps rotations and commitment. So are their
 input noise, which their code writes to a temporary copy, and the token cross-entropy, which is no part of their final
-loss.
+loss. Their regressor adds what is decoded to a mean pose, in the six numbers, before it makes rotations of them; the
+root and the hands come from plain linear layers.
 """
 
 from __future__ import annotations
@@ -152,8 +153,7 @@ class PoseTokenizer(nn.Module):
     def _checked(self, poses: Tensor) -> Tensor:
         if poses.shape[1:] != (self.joints, 6) or len(poses) == 0 or not poses.is_floating_point():
             raise InputError(
-                f"poses must be floating point of shape (n, {self.joints}, 6), n >= 1, got "
-                f"{str(poses.dtype).removeprefix('torch.')} {tuple(poses.shape)}"
+                f"poses must be floating point of shape (n, {self.joints}, 6), n >= 1, got {checks.described(poses)}"
             )
         return checks.finite(poses, "poses").transpose(1, 2)
 

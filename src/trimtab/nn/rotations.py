@@ -1,4 +1,4 @@
-"""Rotations as networks say them: six numbers for a matrix, and the angle between two matrices."""
+"""Rotations as networks give them: six numbers for a matrix, and the angle between two matrices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rot6d_to_matrix(x: Float[Tensor, "*batch 6"]) -> Float[Tensor, "*batch 3 3"]
         Zhou et al., On the Continuity of Rotation Representations in Neural Networks, CVPR 2019.
     """
     if x.shape[-1:] != (6,) or not x.is_floating_point():
-        raise InputError(f"x must be floating point of shape (..., 6), got {_said(x)}")
+        raise InputError(f"x must be floating point of shape (..., 6), got {checks.described(x)}")
     checks.finite(x, "x")
     first = F.normalize(x[..., :3], dim=-1)
     second = F.normalize(x[..., 3:] - (first * x[..., 3:]).sum(-1, keepdim=True) * first, dim=-1)
@@ -62,12 +62,9 @@ def rotation_angle(first: Float[Tensor, "*batch 3 3"], second: Float[Tensor, "*b
     """
     for name, value in (("first", first), ("second", second)):
         if value.shape[-2:] != (3, 3) or value.shape != first.shape or not value.is_floating_point():
-            raise InputError(f"{name} must be floating point of shape {(*first.shape[:-2], 3, 3)}, got {_said(value)}")
+            shape = (*first.shape[:-2], 3, 3)
+            raise InputError(f"{name} must be floating point of shape {shape}, got {checks.described(value)}")
         checks.finite(value, name)
     # the columns' cross products sum to the axis times 2 sin, their products to 1 + 2 cos
     sine = torch.linalg.vector_norm(torch.linalg.cross(second, first, dim=-2).sum(-1), dim=-1)
     return torch.atan2(sine, (first * second).sum((-2, -1)) - 1)
-
-
-def _said(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"

@@ -25,8 +25,9 @@ LOSSES = {
 }
 
 
-def layer(features=5, classes=30, std=0.5, **settings):
-    return FactoredOutput(features, classes, std=std, dtype=torch.float64, **settings)
+def layer(features=5, classes=30, std=0.5, seed=0, **settings):
+    generator = torch.Generator().manual_seed(seed)
+    return FactoredOutput(features, classes, std=std, generator=generator, dtype=torch.float64, **settings)
 
 
 def batch(seed, n, features=5, classes=30):

@@ -42,7 +42,7 @@ class FactoredOutput(nn.Module):
         classes: c, at least 2.
         std: standard deviation of the initial weights, > 0; 0.001 as in the authors' example.
         condition_every: steps between two looks at the singular values of U; 100 as in the authors' example.
-        seed: of the initial weights.
+        generator: draws the initial weights, on the CPU. None: one with seed 0.
         dtype: of all state; float32, or float64.
 
     Raises:
@@ -81,7 +81,7 @@ class FactoredOutput(nn.Module):
         *,
         std: float = 0.001,
         condition_every: int = 100,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
@@ -90,7 +90,7 @@ class FactoredOutput(nn.Module):
         self.condition_every = checks.integer(condition_every, "condition_every", low=1)
         if dtype not in (torch.float32, torch.float64):
             raise InputError(f"dtype must be float32 or float64, got {str(dtype).removeprefix('torch.')}")
-        generator = torch.Generator().manual_seed(checks.integer(seed, "seed", low=0))
+        generator = generator or torch.Generator().manual_seed(0)
         self.register_buffer("v", torch.empty(classes, features, dtype=dtype).normal_(0, std, generator=generator))
         self.register_buffer("u", torch.eye(features, dtype=dtype))
         self.register_buffer("u_inverse", torch.eye(features, dtype=dtype))

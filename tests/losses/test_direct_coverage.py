@@ -122,6 +122,14 @@ def test_classes_are_answers_of_one_token():
     torch.testing.assert_close(loss(logits, labels), sequence)
 
 
+def test_labels_may_be_in_place_already_and_another_one_ignored():
+    logits, labels = sequences()
+    loss, own = DirectCoverage(samples=8), {"shift": False, "ignore_index": -1}
+    moved = labels[:, 1:].where(labels[:, 1:] != -100, -1)
+    torch.testing.assert_close(DirectCoverage(samples=8, **own)(logits[:, :-1], moved), loss(logits, labels))
+    torch.testing.assert_close(answer_log_prob(logits[:, :-1], moved, **own), answer_log_prob(logits, labels))
+
+
 def test_the_steps_of_an_answer_share_its_factor():
     logits, labels = sequences(n=4)
     loss = DirectCoverage(samples=64, length_normalize=True, reduction="none")

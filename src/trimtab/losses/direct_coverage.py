@@ -251,7 +251,7 @@ def _likelihood(logits: Tensor, labels: Tensor, ignored: int, shift: bool) -> _L
             )
         if bool((bad := ~counted.any(1)).any()):
             raise InputError(f"labels must have one that counts in every row, found none at {checks.first_bad(bad)}")
-    flat = cross_entropy(widened(logits).view(n * s, v), labels.view(-1), ignore_index=ignored, reduction="none")
+    flat = cross_entropy(widened(logits).flatten(0, 1), labels.flatten(), ignore_index=ignored, reduction="none")
     nll = flat.view(n, s)
     # one number a token tells what a pass over all logits would
     checks.finite(nll, "the log-probability that logits give to labels")

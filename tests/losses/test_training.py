@@ -47,12 +47,10 @@ def test_every_objective_teaches_a_network(name, classes):
         with pytest.raises(InputError, match=refused[classes][name]):
             train(model, loader, name, epochs=1, classes=classes)
         return
-    before = (model(x).argmax(1) == labels).float().mean()
-    trained = train(model, loader, name, epochs=30, classes=classes, optimizer=partial(torch.optim.Adam, lr=1e-2))
+    trained = train(model, loader, name, epochs=12, classes=classes, optimizer=partial(torch.optim.Adam, lr=3e-2))
     assert trained is model
     assert not model.training
-    after = (model(x).argmax(1) == labels).float().mean()
-    assert after > max(0.75, before + 0.1)
+    assert (model(x).argmax(1) == labels).float().mean() > 0.85  # a third or a half before
 
 
 @pytest.mark.parametrize("name", ["Mixup", "MNDCG", "EnsLoss", "CrossEntropy"])
@@ -123,6 +121,8 @@ def test_what_cannot_be_trained_is_refused_in_words():
     ):
         with pytest.raises(InputError, match=told):
             train(model, given, name, epochs=1, classes=2)
+    with pytest.raises(InputError, match="logits must have 2 columns, got 3"):
+        train(network(3), loader, "EnsLoss", epochs=1, classes=2)
     with pytest.raises(InputError, match="epochs must be at least 1"):
         train(model, loader, "ZLoss", epochs=0, classes=2)
 

@@ -69,7 +69,7 @@ def sharpness(
             with torch.set_grad_enabled(gradients):
                 loss = objective(functional_call(model, at, (x,)), labels)
             if not bool(torch.isfinite(loss)):
-                raise InputError(f"the loss must be finite, batch at sample {count} gives {float(loss)}")
+                raise InputError(f"the loss must be finite, batch at sample {count} gives {loss.item()}")
             if gradients:
                 for name, gradient in zip(at, torch.autograd.grad(loss, list(at.values()), allow_unused=True)):
                     if gradient is not None:

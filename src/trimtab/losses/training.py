@@ -127,7 +127,7 @@ def train(
                     progress.in_time()
                     loss = objective.loss(model, _batch(batch, epoch, device))
                     if not bool(loss.isfinite()):
-                        raise InputError(f"{name} gave a loss of {float(loss)} in epoch {epoch}, step {step}")
+                        raise InputError(f"{name} gave a loss of {loss.item()} in epoch {epoch}, step {step}")
                     moving.zero_grad()
                     loss.backward()
                     moving.step()
@@ -253,7 +253,12 @@ def _binary(loss: Loss, name: str) -> Callable[[Task], Objective]:
     def build(task: Task) -> Objective:
         if task.classes != 2:
             raise InputError(f"classes must be 2 for {name}, got {task.classes}")
-        return _of_logits(lambda logits, labels: loss(logits[:, 1] - logits[:, 0], labels))
+
+        def of_difference(logits: Tensor, labels: Tensor) -> Tensor:
+            negative, positive = checks.logits(logits, classes=2).unbind(1)
+            return loss(positive - negative, labels)
+
+        return _of_logits(of_difference)
 
     return build
 

@@ -31,6 +31,8 @@ def test_it_is_the_weighted_sum_over_augmented_sources():
     torch.testing.assert_close(loss(nn.Identity(), source, labels, target), expected)
     task, adaptation, calibration = loss.terms(nn.Identity(), source, labels, target)
     torch.testing.assert_close(task + 0.1 * adaptation + 0.5 * calibration, expected)
+    own = built(task=lambda logits, labels: logits[0, labels[1]])
+    torch.testing.assert_close(own.terms(nn.Identity(), source, labels, target).task, x[0, 1])
 
 
 def test_the_source_passes_the_model_once():

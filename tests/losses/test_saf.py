@@ -146,6 +146,24 @@ def test_the_last_epoch_that_counts_is_before_the_end():
         assert (loss > F.cross_entropy(rows(6, seed=9), labels)) == counts
 
 
+def test_the_divergence_is_added_to_an_objective_of_ones_own():
+    def smoothed(logits, labels):
+        return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+    logits, labels, index = rows(6, seed=9), torch.arange(6) % 4, torch.arange(6)
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Linear(4, 4).double()
+    x = rows(6, seed=3)
+    for loss, rest, teacher in (
+        (filled(3, objective=smoothed), index, rows(6, seed=2)),
+        (MESA(model, start=1, end=4, weight=0.3, objective=smoothed), x, model(x).detach()),
+    ):
+        expected = smoothed(logits, labels) + 0.3 * trajectory_kl(logits, teacher)
+        torch.testing.assert_close(loss(logits, labels, rest, epoch=3), expected)
+    for epoch in (1, 4):  # the last loss is MESA's, which counts between start and end
+        torch.testing.assert_close(loss(logits, labels, x, epoch=epoch), smoothed(logits, labels))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_half_precision_remembers_well_enough(dtype):
     labels = torch.zeros(6, dtype=torch.int64)

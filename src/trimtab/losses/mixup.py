@@ -1,4 +1,4 @@
-"""Mixup of two and of more samples: training where classes overlap, so that a network cannot be right by heart.
+"""Mixup of two and of more samples: for classes that overlap, where a network must not learn its labels by heart.
 
 Where labels are noisy or classes overlap, a network that fits its training set is sure of what is a coin flip. Mixup
 keeps it from that: it trains on weighted means of samples, with the means of their labels. Take `Mixup` first; `DMixup`

@@ -1,7 +1,8 @@
 """pass@N, the share of problems that at least one of N sampled answers solves: from probabilities, or from samples.
 
-The analytic form is for models whose probability of the right answer can be computed; the unbiased one for those that
-can only be sampled, n >= N times, as fewer samples than n are then counted without waste.
+The analytic form is for models whose probability of the right answer can be computed. Where answers can only be
+sampled, the unbiased estimate uses all n >= N of them: it is the share of choices of N among the n that hold a right
+one.
 
 Chen, Raventós, Cheng, Ganguli, Druckmann (NeurIPS 2025), arXiv 2502.07154; the estimator from samples is that of Chen
 et al. (2021), arXiv 2107.03374. Both give one number a problem: report the mean.

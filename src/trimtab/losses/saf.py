@@ -18,10 +18,11 @@ copied.
 
 What we found, with a fifth of the labels wrong (the claim, five seeds): SAF gains 0.6 points of accuracy (0.1 to 1.0)
 at a sharpness that is a sixth lower, MESA 1.8 points (1.1 to 2.5) at one that is higher than plain training's. SAF adds
-0.2 to 0.4 ms to a step whatever the network: nothing beside convolutions (1.00 of a plain step of 130 ms on a CPU), and
-three quarters of the half-millisecond step of a small perceptron. MESA's forward pass is a third of a step in single
-precision (1.33 to 1.44 of a plain step there) and a tenth in half (1.11): call it under autocast, which narrows the
-average's pass only; the loss stays in single precision.
+0.2 to 0.4 ms to a step whatever the network: nothing beside convolutions (1.00 of a plain step of 130 ms on a CPU; the
+claim's smaller ones, timed beside other work, took 0.94 to 1.25 of theirs), and three quarters of the half-millisecond
+step of a small perceptron. MESA's forward pass is a third of a step in single precision (1.33 to 1.44 of a plain step
+there) and a tenth in half (1.11): call it under autocast, which narrows the average's pass only; the loss stays in
+single precision.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from trimtab.core.modules import bare
 from trimtab.losses import base
 from trimtab.losses.output_memory import OutputMemory
 
-Objective = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class SAF(nn.Module):
@@ -93,7 +94,7 @@ class SAF(nn.Module):
         start: int = 5,
         lookback: int = 3,
         end: int | None = None,
-        objective: Objective = F.cross_entropy,
+        objective: Loss = F.cross_entropy,
         dtype: torch.dtype = torch.float32,
         path: str | Path | None = None,
         persistent: bool = True,
@@ -178,7 +179,7 @@ class MESA(nn.Module):
         temperature: float = 5.0,
         start: int = 5,
         end: int | None = None,
-        objective: Objective = F.cross_entropy,
+        objective: Loss = F.cross_entropy,
     ):
         super().__init__()
         self.decay = checks.number(decay, "decay", low=0.0, high=1.0, high_open=True)

@@ -85,7 +85,7 @@ def episodes(turns: int) -> None:
         own = F.one_hot(y, len(means)).bool()
         return (apart[own] - apart.masked_fill(own, torch.inf).min(1).values + 0.5).relu().mean()
 
-    for ways, shot, d in ((5, 5, 64), (20, 5, 512), (200, 5, 512)):
+    for ways, shot, d in ((5, 5, 64), (20, 5, 512), (50, 5, 512)):
         generator = torch.Generator().manual_seed(0)
         y = torch.arange(ways)
         centres = 0.2 * torch.randn(ways, d, generator=generator)

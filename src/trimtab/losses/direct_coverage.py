@@ -243,19 +243,22 @@ def _likelihood(logits: Tensor, labels: Tensor, ignored: int, shift: bool) -> _L
         labels = pad(labels[:, 1:], (0, 1), value=ignored)
     n, s, v = logits.shape
     labels, counted = labels.long(), labels != ignored
+    tokens = counted.sum(1)
     if not checks.unread(labels):
-        if bool((bad := counted & ((labels < 0) | (labels >= v))).any()):
-            row, column = (int(i) for i in bad.nonzero()[0])
+        low, high = torch.aminmax(labels.where(counted, 0))
+        if low.item() < 0 or high.item() >= v:
+            row, column = (int(i) for i in (counted & ((labels < 0) | (labels >= v))).nonzero()[0])
             raise InputError(
                 f"labels must lie in 0..{v - 1} or be {ignored}, found {int(labels[row, column])} at row {row}"
             )
-        if bool((bad := ~counted.any(1)).any()):
-            raise InputError(f"labels must have one that counts in every row, found none at {checks.first_bad(bad)}")
+        if int(tokens.min()) == 0:
+            where = checks.first_bad(tokens == 0)
+            raise InputError(f"labels must have one that counts in every row, found none at {where}")
     flat = cross_entropy(widened(logits).flatten(0, 1), labels.flatten(), ignore_index=ignored, reduction="none")
     nll = flat.view(n, s)
     # one number a token tells what a pass over all logits would
     checks.finite(nll, "the log-probability that logits give to labels")
-    return _Likelihood(nll.sum(1), counted.sum(1).clamp(min=1))
+    return _Likelihood(nll.sum(1), tokens.clamp(min=1))
 
 
 def _floating(x: Tensor, name: str, axes: tuple[int, ...] = (1,)) -> Tensor:

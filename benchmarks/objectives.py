@@ -5,10 +5,12 @@ breast cancer (is the tumour benign?) and diabetes (is the progression above the
 three convolutions with batch normalisation, tables through two hidden layers of 64; Adam at 1e-3 along a cosine,
 batches of 128, no augmentation, no weight decay, so long that the training images are learnt by heart: 25 epochs of
 images, 200 of tables. Each of three seeds draws the training rows, the weights and the order. All else is the
-objectives' defaults in `trimtab.losses.OBJECTIVES`. Temperature scaling is fitted on rows of their own. Time is the
-process's own, of one step. One file a data set is rewritten after every run, so that a killed study goes on.
+objectives' defaults in `trimtab.losses.OBJECTIVES`. Temperature scaling is fitted on rows of their own. One file a data
+set is rewritten after every run, so that a killed study goes on. With ``--clock`` nothing is trained: the steps of all
+objectives are timed in turns, so that a slow minute hits all.
 
     python -m benchmarks.objectives [--data fashion cifar10 cancer diabetes] [--objectives NAME ...] [--seeds 0 1 2]
+    python -m benchmarks.objectives --clock
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +38,7 @@ from trimtab.core.checks import InputError
 from trimtab.core.persist import write_json
 from trimtab.core.predictions import Predictions
 from trimtab.data import Images, fashion_mnist, parquet_images
-from trimtab.losses import OBJECTIVES, Indexed, train
+from trimtab.losses import OBJECTIVES, Batch, Indexed, Objective, Task, train
 from trimtab.metrics import expected_calibration_error, negative_log_likelihood, roc_auc
 
 ROWS = {
@@ -99,12 +103,10 @@ def measured(name: str, objective: str, seed: int) -> dict[str, Any]:
     loader = DataLoader(Indexed(TensorDataset(x, labels)), 128, shuffle=True, generator=order, drop_last=True)
     epochs = EPOCHS[name]
     schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)
-    start = time.process_time()
     try:
         train(model, loader, objective, epochs=epochs, classes=classes, schedule=schedule, seed=seed)
     except InputError as error:
         return {"refused": str(error)}
-    spent = time.process_time() - start
     calibration, before, learnt = (said(model.eval(), *part) for part in (held, test, (x, labels)))
     after = TemperatureScaling().fit_predictions(calibration).transform(before)
     return {
@@ -113,8 +115,38 @@ def measured(name: str, objective: str, seed: int) -> dict[str, Any]:
         "auc": auc(before),
         **{f"ece_{when}": float(expected_calibration_error(p.probs, p.labels)) for when, p in both(before, after)},
         **{f"log_loss_{when}": float(negative_log_likelihood(p.probs, p.labels)) for when, p in both(before, after)},
-        "milliseconds": 1000 * spent / (epochs * len(loader)),
     }
+
+
+def clocked(name: str, rounds: int = 25) -> dict[str, float]:
+    """Milliseconds of the process for a step with each objective that takes these classes, medians."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = (part[:128] for part in drawn(name, generator)[0])
+    classes, index = int(labels.max()) + 1, torch.arange(128)
+    steps: dict[str, Callable[[], None]] = {}
+    for objective, build in OBJECTIVES.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = network(x, classes)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        with suppress(InputError):
+            made = build(Task(model, classes, 128, EPOCHS[name], 0))
+            steps[objective] = partial(step, model, made, optimizer, Batch(x, labels, index, 9))
+            steps[objective]()
+    taken: dict[str, list[float]] = {objective: [] for objective in steps}
+    for _ in range(rounds):
+        for objective, run in steps.items():
+            start = time.process_time()
+            run()
+            taken[objective].append(1000 * (time.process_time() - start))
+    return {objective: statistics.median(times) for objective, times in taken.items()}
+
+
+def step(model: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    optimizer.zero_grad()
+    objective.loss(model, batch).backward()
+    optimizer.step()
+    objective.after(model)
 
 
 def both(before: Predictions, after: Predictions) -> list[tuple[str, Any]]:
@@ -139,6 +171,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--clock", action="store_true")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--write", type=Path, default=Path("results/objectives"))
     options = parser.parse_args()
@@ -149,6 +182,10 @@ def main() -> None:
             print("cifar10: left out, TRIMTAB_DATA names no data folder", flush=True)
             continue
         path = options.write / f"{name}.json"
+        if options.clock:
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cells": {}}
+            write_json(path, {**known, "milliseconds": clocked(name)})
+            continue
         for seed in options.seeds:
             for objective in options.objectives:
                 known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cells": {}}
@@ -160,10 +197,10 @@ def main() -> None:
                     return
                 found = measured(name, objective, seed)
                 versions = {package: metadata.version(package) for package in ("trimtab", "torch")}
-                write_json(path, {"data": name, "versions": versions, "cells": {**known["cells"], key: found}})
+                write_json(path, {**known, "data": name, "versions": versions, "cells": {**known["cells"], key: found}})
                 told = found.get("refused") or (
                     f"accuracy {found['accuracy']:.3f}, log loss {found['log_loss_before']:.3f} to "
-                    f"{found['log_loss_after']:.3f}, {found['milliseconds']:.1f} ms a step"
+                    f"{found['log_loss_after']:.3f}"
                 )
                 print(f"{name}, seed {seed}: {objective}: {told}", flush=True)
 

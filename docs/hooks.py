@@ -219,22 +219,22 @@ def objectives_measured():
 
 def objectives_fashion():
     """Every objective on Fashion-MNIST."""
-    return objectives_table.table(objectives_table.read("fashion"))
+    return objectives_table.table("fashion")
 
 
 def objectives_cifar10():
     """Every objective on CIFAR-10."""
-    return objectives_table.table(objectives_table.read("cifar10"))
+    return objectives_table.table("cifar10")
 
 
 def objectives_cancer():
     """Every objective on the table of tumours."""
-    return objectives_table.table(objectives_table.read("cancer"))
+    return objectives_table.table("cancer")
 
 
 def objectives_diabetes():
     """Every objective on the table of diabetes."""
-    return objectives_table.table(objectives_table.read("diabetes"))
+    return objectives_table.table("diabetes")
 
 
 def claims():

@@ -131,8 +131,9 @@ def clocked(name: str, rounds: int = 25) -> dict[str, float]:
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         with suppress(InputError):
             made = build(Task(model, classes, 128, EPOCHS[name], 0))
-            steps[objective] = partial(step, model, made, optimizer, Batch(x, labels, index, 9))
-            steps[objective]()
+            run = partial(step, model, made, optimizer, Batch(x, labels, index, 9))
+            run()
+            steps[objective] = run
     taken: dict[str, list[float]] = {objective: [] for objective in steps}
     for _ in range(rounds):
         for objective, run in steps.items():

@@ -52,9 +52,8 @@ def finite(value: Tensor, name: str) -> Tensor:
     """Refuse NaN and infinities."""
     if not value.is_floating_point() or value.numel() == 0 or unread(value):
         return value
-    # the extremes tell in a fifteenth of the time that isfinite takes: both are NaN where any entry is
-    low, high = torch.aminmax(value.detach())
-    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+    # a finite sum tells in a thirtieth of the time that isfinite takes; one that overflows tells nothing
+    if not math.isfinite(value.detach().sum().item()) and not bool(torch.isfinite(value).all()):
         bad = ~torch.isfinite(value)
         what = value.flatten()[bad.flatten().to(torch.uint8).argmax()].item()
         raise InputError(f"{name} must be finite, found {what} at {first_bad(bad)}")

@@ -11,6 +11,7 @@ from trimtab.losses.cosine_head import CosineHead
 from trimtab.losses.direct_coverage import DirectCoverage, answer_log_prob, coverage_factor, coverage_loss
 from trimtab.losses.ensloss import EnsLoss, ensloss_derivatives
 from trimtab.losses.episodes import EpisodeSampler
+from trimtab.losses.flatness import sharpness
 from trimtab.losses.indexed import Indexed
 from trimtab.losses.info_nce import InfoNCE
 from trimtab.losses.mann_whitney import MannWhitney
@@ -19,14 +20,13 @@ from trimtab.losses.mixtures import Mixtures, make_mixtures
 from trimtab.losses.mixup import DMixup, Mixed, Mixup
 from trimtab.losses.ms_ssim import MSSSIM, ExpectedLossVAE
 from trimtab.losses.output_memory import OutputMemory
-from trimtab.losses.pass_at_n import pass_at_n, pass_at_n_unbiased
+from trimtab.losses.pass_estimators import pass_at_n, pass_at_n_unbiased
 from trimtab.losses.pasta import PASTA
 from trimtab.losses.projection import camera_bias, perspective
 from trimtab.losses.prototypes import prototype_logits, prototypes
 from trimtab.losses.rankmixup import MNDCG, RankMixup
 from trimtab.losses.retrieval import dual_encoder_scores
 from trimtab.losses.saf import MESA, SAF, trajectory_kl
-from trimtab.losses.sharpness import sharpness
 from trimtab.losses.spherical import SphericalSoftmaxLoss, SquaredErrorLoss, TaylorSoftmaxLoss
 from trimtab.losses.susana import ICNN, ProtoTriplet, icnn_score
 from trimtab.losses.threshold_adaptive import ThresholdAdaptiveScaling

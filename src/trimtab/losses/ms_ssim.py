@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.losses.base import Reduction, reduced, same_device, widened
-from trimtab.metrics.ms_ssim import constants, ms_ssim
+from trimtab.metrics.structural_similarity import constants, ms_ssim
 
 _FLOOR = 1e-8
 

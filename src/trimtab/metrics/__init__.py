@@ -34,7 +34,6 @@ from trimtab.metrics.matching import Matches, match_detections
 from trimtab.metrics.mce import MaximumCalibrationError, maximum_calibration_error
 from trimtab.metrics.measures import COLUMNS
 from trimtab.metrics.mmce import MaximumMeanCalibrationError, maximum_mean_calibration_error
-from trimtab.metrics.ms_ssim import MultiScaleSSIM, ms_ssim, ssim
 from trimtab.metrics.nll import NegativeLogLikelihood, negative_log_likelihood
 from trimtab.metrics.pinball import PinballLoss, pinball_loss
 from trimtab.metrics.prediction_sets import (
@@ -54,6 +53,7 @@ from trimtab.metrics.rmsce import RootMeanSquareCalibrationError, root_mean_squa
 from trimtab.metrics.roc import Roc, RocAuc, RocCurve, TarAtFar, roc_auc, roc_curve, tar_at_far
 from trimtab.metrics.smece import SmoothCalibrationError, smooth_calibration_error
 from trimtab.metrics.streaming import TableSuite, sample_rows, table_suite, table_summary
+from trimtab.metrics.structural_similarity import MultiScaleSSIM, ms_ssim, ssim
 from trimtab.metrics.summary import Summary, compare, essentials, summarise
 from trimtab.metrics.tace import ThresholdedAdaptiveCalibrationError, thresholded_adaptive_calibration_error
 from trimtab.metrics.top_label import top_label_errors

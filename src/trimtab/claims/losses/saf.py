@@ -128,8 +128,8 @@ CLAIM = Claim(
         "1024 images of Fashion-MNIST, pooled to 14 x 14, a fifth of their labels drawn anew; MESA's decay is 0.99, as "
         "0.9998 would average over more than the 480 steps.",
         "The bound on a step's time was set for the perceptron, and there it fails: checks, memory and divergence cost "
-        "0.2 to 0.4 ms whatever the network, against its 0.5 ms. Beside convolutions little of it is left, as the paper "
-        "says.",
+        "0.2 to 0.4 ms whatever the network, against its 0.5 ms. Beside convolutions little of it is left, as the "
+        "paper says.",
         "SAF's gain is undecided: 0.58 points on average, but nothing on two seeds of five.",
         "Run twice with the same code: at first on a machine with other work, where the steps took 1.76 and 1.11 of a "
         "plain one (the second undecided). Accuracy and sharpness are the same in both.",

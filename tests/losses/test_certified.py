@@ -125,8 +125,8 @@ def test_what_is_certified_cannot_be_attacked(seed, eps):
     attacked = (x + eps * images.grad.sign()).clamp(0, 1)
     assert (model(attacked).argmax(1) == y)[certified].all()
     rates = loss.error_rates([(x[:5], y[:5]), (x[5:], y[5:])], eps)
-    assert rates.verified == pytest.approx(1 - float(certified.double().mean()))
-    assert rates.standard <= rates.verified
+    assert rates.verified_error == pytest.approx(1 - float(certified.double().mean()))
+    assert rates.clean_error <= rates.verified_error
 
 
 def test_boxes_end_where_pixels_do():
@@ -196,7 +196,7 @@ def test_training_certifies():
     y = (3 * x[:, 0]).long()
     model = ibp_init_(perceptron(), generator=torch.Generator().manual_seed(0))
     loss = CertifiedIBP(model, eps=0.03)
-    before = loss.error_rates([(x, y)]).verified
+    before = loss.error_rates([(x, y)]).verified_error
     schedule, optimizer = (
         SmoothedEps(0.03, start=1, length=30, batches=1),
         torch.optim.Adam(model.parameters(), lr=0.02),
@@ -206,7 +206,7 @@ def test_training_certifies():
         loss(x, y, schedule.step()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10)
         optimizer.step()
-    assert loss.error_rates([(x, y)]).verified < before - 0.3
+    assert loss.error_rates([(x, y)]).verified_error < before - 0.3
 
 
 class Residual(nn.Module):

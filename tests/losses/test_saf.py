@@ -294,3 +294,11 @@ def test_another_network_and_another_file_are_refused(tmp_path):
         filled(1, path=tmp_path / "none" / "outputs")
     with pytest.raises(InputError, match="dataset must have a length"):
         Indexed(iter([]))
+
+
+@pytest.mark.bad_input
+def test_an_average_that_is_not_finite_is_refused():
+    model = nn.utils.skip_init(nn.Linear, 2, 3)
+    x = torch.full((4, 2), torch.nan)
+    with pytest.raises(InputError, match="the average's logits must be finite"):
+        MESA(model, start=0)(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), x, epoch=1)

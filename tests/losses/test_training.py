@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trimtab.core.checks import InputError
 from trimtab.core.progress import OutOfTime, limit
-from trimtab.losses import OBJECTIVES, DirectCoverage, Indexed, Objective, train
+from trimtab.losses import OBJECTIVES, DirectCoverage, Indexed, Objective, ZLoss, train
 
 BINARY = ("AnyLoss", "EnsLoss")
 
@@ -123,6 +123,22 @@ def test_what_cannot_be_trained_is_refused_in_words():
             train(model, given, name, epochs=1, classes=2)
     with pytest.raises(InputError, match="logits must have 2 columns, got 3"):
         train(network(3), loader, "EnsLoss", epochs=1, classes=2)
+    for given, name, told in (
+        ([], "Mixup", "loader must yield batches in every epoch, it yielded none in epoch 0"),
+        (iter([(x, labels)]), "Mixup", "none in epoch 1"),
+        ([(x, labels, x[:, 0])], "Focal", "whole sample numbers"),
+        ([(x, labels)], ZLoss, "objective must be a name or called with logits and labels"),
+        ([(x, labels)], DirectCoverage(samples=2, reduction="none"), "must give a scalar"),
+    ):
+        with pytest.raises(InputError, match=told):
+            train(model, given, name, epochs=2, classes=2)
+    wild = partial(torch.optim.SGD, lr=float("inf"))
+    with pytest.raises(InputError, match="not finite: the learning rate is too high"):
+        train(network(2), [(x, labels)], "Focal", epochs=1, classes=2, optimizer=wild)
+    with pytest.raises(InputError, match="optimizer must build one from parameters, got Adam"):
+        train(model, loader, "Focal", epochs=1, classes=2, optimizer=torch.optim.Adam(model.parameters()))
+    with pytest.raises(InputError, match="all are frozen"):
+        train(network(2).requires_grad_(False), loader, "Focal", epochs=1, classes=2)
     with pytest.raises(InputError, match="epochs must be at least 1"):
         train(model, loader, "ZLoss", epochs=0, classes=2)
 

@@ -48,6 +48,11 @@ class Training:
             checks.number(learning_rate, "learning_rate", low=0.0, low_open=True),
         )
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the report's settings say of it; nothing where nothing is trained."""
+        return {"training_epochs": self.epochs, "learning_rate": self.learning_rate} if self.names else {}
+
     def compare(
         self,
         setup: Setup,

@@ -130,7 +130,7 @@ def audit(
     result = replace(
         result,
         notes=[*result.notes, *dict.fromkeys(f"Warning: {warning.message}." for warning in warned)],
-        settings={**settings.__dict__, "workers": workers, **limited},
+        settings={**settings.__dict__, "workers": workers, **limited, **training.settings},
         versions={name: metadata.version(name) for name in PACKAGES},
         steps=[*work.seconds.items(), ("in all", time.perf_counter() - started)],
     )

@@ -35,7 +35,8 @@ class Setup:
         views: how many copies.
         features: keep what the last linear layer sees (True), or what the module of that name sees, for calibrators
             that work on features and train a network of their own on them.
-        train: batches the model was trained on, for adapters that want them; may stay None.
+        train: batches the model was trained on, for adapters that want them, and for training copies of it on with
+            other objectives; may stay None.
         classes: names of the c classes; numbers are used where None.
         title: what is audited, one line for the report; where the setup was found if None.
 

@@ -43,6 +43,8 @@ def described(value: Tensor) -> str:
 
 def first_bad(bad: Tensor) -> str:
     """Where the first true entry of `bad` is, in words: ``row 3, column 1``."""
+    if bad.ndim == 0:
+        return "its only place"
     index = [int(i) for i in np.unravel_index(int(bad.flatten().to(torch.uint8).argmax()), tuple(bad.shape))]
     names = ("row", "column") if bad.ndim <= 2 else tuple(f"axis {axis} index" for axis in range(bad.ndim))
     return ", ".join(f"{axis} {i}" for axis, i in zip(names, index))

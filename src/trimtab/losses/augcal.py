@@ -134,4 +134,5 @@ class AugCal(nn.Module):
         for name, value in parts._asdict().items():
             if value.shape != ():
                 raise InputError(f"{name} must return a scalar, got {tuple(value.shape)}")
+            checks.finite(value, name)
         return parts

@@ -65,8 +65,8 @@ class CertifiedTerms(NamedTuple):
 class ErrorRates(NamedTuple):
     """Shares of images that are misclassified, and that are not certified."""
 
-    standard: float
-    verified: float
+    clean_error: float
+    verified_error: float
 
 
 class CertifiedIBP(nn.Module):
@@ -101,7 +101,7 @@ class CertifiedIBP(nn.Module):
         >>> value.backward()
         >>> _ = nn.utils.clip_grad_norm_(model.parameters(), 10)
         >>> rates = loss.error_rates([(images, labels)])
-        >>> rates.standard <= rates.verified
+        >>> rates.clean_error <= rates.verified_error
         True
 
     Reference:

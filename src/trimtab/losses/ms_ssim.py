@@ -11,7 +11,8 @@ loss is -MS-SSIM summed over a batch, here 1 - MS-SSIM, and its mean. Its stocha
 border, it applies the last scale's term at every scale, and its training never calls the loss.
 
 Means below 1e-8 are raised to it: a root's slope is infinite at 0, and means are negative where reconstructions are
-anti-correlated with their targets, as at the start of training. `metrics.structural_similarity` tells how the number is computed.
+anti-correlated with their targets, as at the start of training. `metrics.structural_similarity` tells
+how the number is computed.
 
 What we found on Fashion-MNIST, means of five seeds: reconstructions keep 46 % of the energy of fine detail, after MSE
 18 % and after MAE 36 %, at a squared error 1.19 times that of MSE, and below that of MAE.

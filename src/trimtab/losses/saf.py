@@ -18,10 +18,10 @@ copied.
 
 What we found, with a fifth of the labels wrong (the claim, five seeds): SAF gains 0.6 points of accuracy (0.1 to 1.0)
 at a sharpness that is a sixth lower, MESA 1.8 points (1.1 to 2.5) at one that is higher than plain training's. SAF adds
-0.2 to 0.4 ms to a step whatever the network: little beside convolutions (1.05 of a plain step in the claim, 1.00 of
-one of 58 ms), and more than half of the half-millisecond step of a small perceptron (1.59). MESA's forward pass is a
-quarter of a step in single precision (1.22 to 1.28 of a plain step of 58 ms) and less in half (1.17 to 1.23): call it
-under autocast, which narrows the average's pass only; the loss stays in single precision.
+0.2 to 0.4 ms to a step whatever the network: little beside convolutions (1.02 to 1.05 of a plain step in the claim,
+1.00 of one of 58 ms), and more than half of the half-millisecond step of a small perceptron (1.59). MESA's forward pass
+is a quarter of a step in single precision (1.22 to 1.28 of a plain step of 58 ms) and less in half (1.17 to 1.23): call
+it under autocast, which narrows the average's pass only; the loss stays in single precision.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class MESA(nn.Module):
         if not _counts(checks.integer(epoch, "epoch", low=0), self.start, self.end):
             return loss
         with torch.no_grad():
-            taught = self.average(x)
+            taught = checks.finite(self.average(x), "the average's logits")
         _alike(logits, taught)
         return loss + self.weight * _divergence(logits, taught.to(logits), self.temperature).mean()
 

@@ -97,7 +97,8 @@ def train(
         seed: of whatever is drawn: dropout, mixtures, and the order of a loader that shuffles without a generator.
 
     Raises:
-        InputError: the name is unknown, a batch has no labels, the objective refuses a batch, or a loss is not finite.
+        InputError: the name is unknown, a batch has no labels, an epoch no batches, the objective refuses a batch, or a
+            loss or the trained weights are not finite.
         OutOfTime: the time `limit` was reached.
 
     Example:
@@ -111,6 +112,11 @@ def train(
         True
     """
     checks.integer(epochs, "epochs", low=1)
+    checks.integer(seed, "seed", low=0)
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        raise InputError(f"optimizer must build one from parameters, got {type(optimizer).__name__}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("model must have parameters that train, all are frozen")
     device = modules.device_of(model)
     task = Task(model, checks.integer(classes, "classes", low=2), _samples(loader), epochs, seed)
     name = objective if isinstance(objective, str) else type(objective).__name__
@@ -123,19 +129,27 @@ def train(
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for epoch in progress.track(range(epochs), f"train with {name}"):
+                step = -1
                 for step, batch in enumerate(loader):
                     progress.in_time()
                     loss = objective.loss(model, _batch(batch, epoch, device))
+                    if loss.shape != ():
+                        raise InputError(f"{name} must give a scalar, got {tuple(loss.shape)}")
                     if not bool(loss.isfinite()):
                         raise InputError(f"{name} gave a loss of {loss.item()} in epoch {epoch}, step {step}")
                     moving.zero_grad()
                     loss.backward()
                     moving.step()
                     objective.after(model)
+                if step < 0:
+                    raise InputError(f"loader must yield batches in every epoch, it yielded none in epoch {epoch}")
                 if scheduled is not None:
                     scheduled.step()
     finally:
         model.train(training)
+    for parameter_name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(f"{name} left {parameter_name} not finite: the learning rate is too high")
     return model
 
 
@@ -143,6 +157,8 @@ def _objective(objective: str | Loss | Objective, task: Task) -> Objective:
     if isinstance(objective, Objective):
         return objective
     if not isinstance(objective, str):
+        if isinstance(objective, type) or not callable(objective):
+            raise InputError(f"objective must be a name or called with logits and labels, got {objective!r}")
         return _of_logits(objective)
     if objective not in OBJECTIVES:
         raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
@@ -161,6 +177,8 @@ def _batch(batch: Any, epoch: int, device: torch.device) -> Batch:
         batch = {name: value for name, value in batch.items() if name != "index"}
     elif isinstance(batch, (tuple, list)) and len(batch) == 3:
         *batch, numbers = batch
+    if numbers is not None and (not isinstance(numbers, Tensor) or numbers.is_floating_point() or numbers.ndim != 1):
+        raise InputError("loader must yield whole sample numbers (n,) as a third item, as Indexed does, or none")
     inputs, labels = take_apart(batch, device)
     if labels is None:
         raise InputError("loader must yield labels, a batch came without")

@@ -149,7 +149,8 @@ class FactoredOutput(nn.Module):
             labels: classes (n,).
             loss: ``loss(target, squares, total, classes)`` is the scalar loss of the targets' scores, the sums of
                 squared scores and the sums of scores: ``ZLoss().of_sums``, another loss's `of_sums`, or your own.
-            lr: the step's size, >= 0; 0 leaves the weights as they are.
+            lr: the step's size, >= 0; 0 leaves the weights as they are. Plain descent on a loss averaged over the
+                batch wants a rate a hundred times that of Adam: with the Z-loss on digits 1 serves, 0.01 does not.
 
         Returns:
             The loss before the step. ``backward()`` takes its gradient at the weights before the step into `h`.

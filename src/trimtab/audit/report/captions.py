@@ -8,7 +8,7 @@ from trimtab.audit.report.heat import MEAN, Heat
 from trimtab.audit.report.tables import bins, risk_at
 from trimtab.audit.report.verdict import UNSHIFTED, chosen, scored, uncorrected
 from trimtab.audit.report.words import coverage, decimal, mid_sentence, percent, plural
-from trimtab.audit.result import AuditResult
+from trimtab.audit.result import AuditResult, Triple
 
 
 def reliability(result: AuditResult, when: str) -> str:
@@ -57,10 +57,20 @@ def trained(result: AuditResult) -> str:
         "A copy of the model was trained on with each objective; cross-entropy tells what the training does by itself. "
         "Scaling is by one temperature, fitted on the calibration rows. "
     )
-    rows = [model for model in result.trained if model.failed is None]
-    best = min(rows, key=lambda model: model.after["log_loss"][0])
-    how = f"training on with {best.objective}" if best.objective else "the model as it is"
-    return f"{text}After it, {how} has the lowest log loss, {decimal(best.after['log_loss'][0])}."
+    rows = {model.objective: model.after["log_loss"] for model in result.trained if model.failed is None}
+    if list(rows) == [""]:
+        return f"{text}None of them could be trained; the table and the notes say why."
+    best = min(rows, key=lambda name: rows[name][0])
+    how = f"training on with {best}" if best else "the model as it is"
+    text += f"After it, {how} has the lowest log loss, {_with_interval(rows[best])}"
+    beside = rows.get("CrossEntropy")
+    if best in ("", "CrossEntropy") or beside is None:
+        return f"{text}."
+    return f"{text}; with cross-entropy it is {_with_interval(beside)}. Where these overlap, it may be chance."
+
+
+def _with_interval(value: Triple) -> str:
+    return f"{decimal(value[0])} ({decimal(value[1])} to {decimal(value[2])})"
 
 
 def shift(result: AuditResult, heat: Heat) -> str:

@@ -43,7 +43,7 @@ def run(seed: int) -> dict[str, float]:
         loss = CertifiedIBP(model, eps=EPS, weight=0.5 if ours else 0.0)
         _train(loss, model, x[:TRAIN], y[:TRAIN], torch.Generator().manual_seed(seed))
         rates = loss.error_rates([(x[TRAIN:], y[TRAIN:])])
-        measured[f"verified({name})"], measured[f"standard({name})"] = rates.verified, rates.standard
+        measured[f"verified({name})"], measured[f"standard({name})"] = rates.verified_error, rates.clean_error
     measured["gain(ibp) / gain(default)"] = measured["gain(ibp)"] / measured["gain(default)"]
     return measured
 

@@ -4,8 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from objectives import BUILDERS, Builder
 
+from objectives import BUILDERS, Builder
 from trimtab.core.checks import InputError
 from trimtab.losses.base import full_precision, pair, reduced, same_device, widened
 

@@ -288,6 +288,12 @@ def nested(value, depth=0):
             yield f"{start} {', '.join(f'{key} {leaf}' for key, leaf in inner.items())}"
 
 
+def place(name):
+    """Where griffe finds a symbol: in its module, where the module is called as the symbol is and would be shown."""
+    _, *path, symbol = name.split(".")
+    return f"{name}.{symbol}" if catalog.PACKAGE.joinpath(*path, f"{symbol}.py").is_file() else name
+
+
 def method_page(method):
     """The page of one method: what it is, its claim, what the source tells, its interface."""
     told = "\n\n".join(
@@ -296,10 +302,7 @@ def method_page(method):
         for file in method.files
     )
     result = next(r for r in read() if r["slug"] == method.slug)
-    # where a symbol has the name of its module, griffe would show the module
-    modules = {file.stem for file in method.files}
-    symbols = [(name, name.rpartition(".")[2]) for name in method.names]
-    interface = "\n\n".join(f"::: {name}.{symbol}" if symbol in modules else f"::: {name}" for name, symbol in symbols)
+    interface = "\n\n".join(f"::: {place(name)}" for name in method.names)
     return f"""# {method.title}
 
 {method.summary[0].upper()}{method.summary[1:]}.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.adapters import CONTENDERS
+from benchmarks.unfinished import warning
 from trimtab.core.stats import bootstrap_mean
 
 FOLDER = Path(__file__).parents[1] / "results/adapters/cifar10"
@@ -78,10 +79,7 @@ def measured(found: dict[str, Cells]) -> str:
         short = [f"`{name}` {count}" for name, count in sorted(counts.items()) if count < cells]
         if short:
             missing.append(f"- Part {part}, of {cells} cells: {', '.join(short)}.")
-    if not missing:
-        return ""
-    head = '!!! warning "Not all of it is measured yet"\n    Means are over the cells that are there.\n\n    '
-    return head + "\n    ".join(missing)
+    return warning(missing, "cells")
 
 
 def streams(found: dict[str, Cells]) -> str:

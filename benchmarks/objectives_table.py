@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.unfinished import warning
 from trimtab.losses import OBJECTIVES
 
 FOLDER = Path(__file__).parents[1] / "results/objectives"
@@ -69,10 +70,7 @@ def measured(folder: Path = FOLDER) -> str:
         short = [f"`{name}` {len(found.get(name, []))}" for name in OBJECTIVES if len(found.get(name, [])) < SEEDS]
         if short:
             missing.append(f"- {data}, of {SEEDS} seeds: {', '.join(short)}.")
-    if not missing:
-        return ""
-    head = '!!! warning "Not all of it is measured yet"\n    Means are over the seeds that are there.\n\n    '
-    return head + "\n    ".join(missing)
+    return warning(missing, "seeds")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import griffe
@@ -60,12 +61,9 @@ def on_page_markdown(markdown, page, config, files):
         adapters_streams,
         adapters_deeper,
         objectives_measured,
-        objectives_fashion,
-        objectives_cifar10,
-        objectives_cancer,
-        objectives_diabetes,
     )
-    for name, filler in {filler.__name__: filler for filler in fillers}.items():
+    compared = {f"objectives_{data}": partial(objectives_table.table, data) for data in objectives_table.DATA}
+    for name, filler in {**{filler.__name__: filler for filler in fillers}, **compared}.items():
         if f"<!-- {name} -->" in markdown:
             markdown = markdown.replace(f"<!-- {name} -->", filler())
     return markdown
@@ -215,26 +213,6 @@ def adapters_deeper():
 def objectives_measured():
     """What is missing of the comparison of objectives."""
     return objectives_table.measured()
-
-
-def objectives_fashion():
-    """Every objective on Fashion-MNIST."""
-    return objectives_table.table("fashion")
-
-
-def objectives_cifar10():
-    """Every objective on CIFAR-10."""
-    return objectives_table.table("cifar10")
-
-
-def objectives_cancer():
-    """Every objective on the table of tumours."""
-    return objectives_table.table("cancer")
-
-
-def objectives_diabetes():
-    """Every objective on the table of diabetes."""
-    return objectives_table.table("diabetes")
 
 
 def claims():

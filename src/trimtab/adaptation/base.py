@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from typing import Any, ClassVar, Literal, Self, TypedDict
 
 import torch
@@ -30,14 +29,12 @@ from trimtab.adaptation.prepared import Prepared
 from trimtab.core import checks, modules
 from trimtab.core.checks import InputError
 from trimtab.core.modules import BATCH_NORMS, device_of, held
+from trimtab.core.optimizers import ADAM as ADAM
+from trimtab.core.optimizers import OptimizerFactory as OptimizerFactory
 from trimtab.core.precision import HALF, widened
 from trimtab.core.predictions import logits_of
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Choice = Callable[[nn.Module], Mapping[str, nn.Parameter]]
-
-ADAM: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3)
-"""Adam, learning rate 1e-3, betas (0.9, 0.999): what the benchmarks use on 32 x 32 images in batches of 200."""
 
 
 class Options(TypedDict, total=False):

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from trimtab.audit.result import Ranked, Triple, rebuild
+from trimtab.audit.result import NOTHING, Ranked, Triple, rebuild
 from trimtab.audit.setup import Setup
 from trimtab.audit.workspace import Workspace
 from trimtab.calibration import CALIBRATORS, Calibrator, export, load, select
@@ -24,7 +24,7 @@ from trimtab.metrics import Summary, compare, essentials, summarise
 
 CALIBRATOR_FILE = "calibrator.safetensors"
 _SHARE_FOR_RANKING = 0.8  # of the time; the rest is for fitting to all rows and measuring
-_UNMEASURED: dict[str, Triple] = dict.fromkeys(("test_log_loss", "test_ece", "test_accuracy"), (math.nan,) * 3)
+_UNMEASURED: dict[str, Triple] = dict.fromkeys(("test_log_loss", "test_ece", "test_accuracy"), NOTHING)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from trimtab.audit import setup as setups
 from trimtab.audit.correct import Budget, Settings, triple
-from trimtab.audit.result import TrainedModel, Triple, rebuild
+from trimtab.audit.result import NOTHING, TrainedModel, rebuild
 from trimtab.audit.setup import Setup
 from trimtab.audit.workspace import Workspace
 from trimtab.calibration import TemperatureScaling
@@ -24,7 +24,6 @@ from trimtab.core.progress import OutOfTime, in_time, limit
 from trimtab.losses import OBJECTIVES, train
 
 CONTROL = "CrossEntropy"
-_NOTHING: Triple = (float("nan"),) * 3
 _MEASURES = ("accuracy", "ece", "log_loss")
 
 
@@ -91,9 +90,9 @@ class Training:
         except OutOfTime:
             raise
         except Exception as error:
-            words = str(error) if isinstance(error, InputError) else setups.told(error)
-            nothing = dict.fromkeys(_MEASURES, _NOTHING)
-            return {"objective": name, "before": nothing, "after": nothing, "seconds": 0.0, "failed": words}
+            nothing = dict.fromkeys(_MEASURES, NOTHING)
+            failed = setups.told(error)
+            return {"objective": name, "before": nothing, "after": nothing, "seconds": 0.0, "failed": failed}
         seconds = time.perf_counter() - start
         calibration, test = (Predictions.collect(model, loader) for loader in (setup.calibration, setup.test))
         return {**_measured(name, calibration, test, settings), "seconds": seconds}

@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 from trimtab.core import persist
 
 Triple = tuple[float, float, float]  # estimate, low, high
+NOTHING: Triple = (math.nan, math.nan, math.nan)
 Row = TypeVar("Row")
 
 

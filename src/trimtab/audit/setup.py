@@ -113,7 +113,9 @@ def function(spec: str) -> Callable[..., Any]:
 
 
 def told(error: Exception) -> str:
-    """An error of a user's own code in one line, with the place where it was raised."""
+    """An error in one line: a refusal in its own words, one of a user's code with the place where it was raised."""
+    if isinstance(error, InputError):
+        return str(error)
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
 

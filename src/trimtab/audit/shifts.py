@@ -15,7 +15,7 @@ import torch
 from trimtab.adaptation import ADAPTERS, Adapter, Prepared, run_stream
 from trimtab.audit import setup as setups
 from trimtab.audit.correct import Settings, triple
-from trimtab.audit.result import ShiftCell, Triple
+from trimtab.audit.result import NOTHING, ShiftCell
 from trimtab.audit.setup import Setup
 from trimtab.core.checks import InputError
 from trimtab.core.persist import write_text
@@ -57,9 +57,7 @@ def cell(setup: Setup, pair: Pair, settings: Settings) -> ShiftCell:
     except OutOfTime:
         raise
     except Exception as error:
-        nothing: Triple = (float("nan"), float("nan"), float("nan"))
-        words = str(error) if isinstance(error, InputError) else setups.told(error)
-        return ShiftCell(pair.shift, pair.adapter, 0, nothing, nothing, nothing, 0.0, failed=words)
+        return ShiftCell(pair.shift, pair.adapter, 0, NOTHING, NOTHING, NOTHING, 0.0, failed=setups.told(error))
     seconds = time.perf_counter() - start
     headline = settings.essentials(predictions)
     accuracy, ece, log_loss = (triple(headline[name]) for name in ("accuracy", "ece", "log_loss"))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.core import checks, modules, progress
 from trimtab.core.checks import InputError
+from trimtab.core.optimizers import ADAM, OptimizerFactory
 from trimtab.core.predictions import logits_of, take_apart
 from trimtab.losses.anyloss import AnyLoss
 from trimtab.losses.base import pair
@@ -29,15 +30,13 @@ from trimtab.losses.direct_coverage import DirectCoverage
 from trimtab.losses.ensloss import EnsLoss
 from trimtab.losses.mann_whitney import MannWhitney
 from trimtab.losses.mixtures import make_mixtures
-from trimtab.losses.mixup import DMixup, Mixup
+from trimtab.losses.mixup import DMixup
 from trimtab.losses.rankmixup import MNDCG, RankMixup
 from trimtab.losses.saf import MESA, SAF
 from trimtab.losses.spherical import SquaredErrorLoss, TaylorSoftmaxLoss
 from trimtab.losses.z_loss import ZLoss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-ADAM: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3)
 
 
 class Batch(NamedTuple):
@@ -192,25 +191,27 @@ def _of_logits(loss: Loss) -> Objective:
 def _with_term(term: Loss) -> Callable[[Task], Objective]:
     """Cross-entropy plus a calibration term."""
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(*pair(logits, labels)) + term(logits, labels)
-
-    return lambda task: _of_logits(loss)
+    return _plain(lambda logits, labels: _cross_entropy(logits, labels) + term(logits, labels))
 
 
 def _plain(loss: Loss) -> Callable[[Task], Objective]:
     return lambda task: _of_logits(loss)
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(*pair(logits, labels), label_smoothing=smoothing)
+
+
 def _focal(logits: Tensor, labels: Tensor) -> Tensor:
-    log_p = pair(logits, labels)[0].log_softmax(1).gather(1, labels[:, None].long())[:, 0]
+    logits, labels = pair(logits, labels)
+    log_p = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
     return -((1 - log_p.exp()).square() * log_p).mean()
 
 
 def _mixed(points: int) -> Callable[[Task], Objective]:
     def build(task: Task) -> Objective:
         generator = torch.Generator().manual_seed(task.seed)
-        loss = Mixup(generator=generator) if points == 2 else DMixup(points=points, generator=generator)
+        loss = DMixup(points=points, generator=generator)
 
         def step(model: nn.Module, batch: Batch) -> Tensor:
             mixed = loss.mix(batch.inputs)
@@ -287,8 +288,8 @@ def _ensemble(task: Task) -> Objective:
 
 
 OBJECTIVES: dict[str, Callable[[Task], Objective]] = {
-    "CrossEntropy": _plain(lambda logits, labels: F.cross_entropy(*pair(logits, labels))),
-    "LabelSmoothing": _plain(lambda logits, labels: F.cross_entropy(*pair(logits, labels), label_smoothing=0.1)),
+    "CrossEntropy": _plain(_cross_entropy),
+    "LabelSmoothing": _plain(partial(_cross_entropy, smoothing=0.1)),
     "Focal": _plain(_focal),
     "DCA": _with_term(DCA()),
     "MDCA": _with_term(MDCA()),

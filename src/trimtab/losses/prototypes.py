@@ -32,7 +32,11 @@ def prototypes(
         >>> means.tolist(), classes.tolist()
         ([[5.0, 5.0], [1.0, 0.0]], [3, 7])
     """
-    embeddings, labels = labelled(embeddings, labels, "embeddings", "labels")
+    return means_of_classes(*labelled(embeddings, labels, "embeddings", "labels"))
+
+
+def means_of_classes(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`prototypes` of what has been checked."""
     classes, index, counts = labels.unique(return_inverse=True, return_counts=True)
     sums = embeddings.new_zeros(len(classes), embeddings.shape[1]).index_add(0, index, embeddings)
     return sums / counts[:, None], classes

@@ -31,7 +31,7 @@ from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.losses import base
 from trimtab.losses.nearest import distances, nearest
-from trimtab.losses.prototypes import labelled, places, prototypes
+from trimtab.losses.prototypes import labelled, means_of_classes, places
 
 _EPS = 1e-7
 
@@ -73,7 +73,7 @@ class ProtoTriplet(nn.Module):
         support, support_labels = labelled(support, support_labels, "support", "support_labels")
         queries, query_labels = labelled(queries, query_labels, "queries", "query_labels")
         _together(queries, support, "queries", "support")
-        means, classes = prototypes(support, support_labels)
+        means, classes = means_of_classes(support, support_labels)
         if len(classes) < 2:
             raise InputError("support_labels must have at least two classes, got one")
         own = places(query_labels, classes, "query_labels")

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from trimtab.core.checks import InputError
 from trimtab.core.progress import OutOfTime, limit
@@ -92,6 +92,68 @@ def test_mappings_are_batches_too():
     assert not torch.equal(before, model.net[0].weight)
 
 
+class Stream(IterableDataset):
+    """Items in a row, without numbers."""
+
+    def __init__(self, *columns):
+        self.items = list(zip(*columns))
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return len(self.items)
+
+
+def halved(items):
+    """A collation of one's own, which knows pairs."""
+    x, labels = zip(*items)
+    return [torch.stack(x) / 2, torch.stack(labels)]
+
+
+def named(items):
+    return {"points": torch.stack([x for x, _ in items]), "labels": torch.stack([y for _, y in items])}
+
+
+@pytest.mark.parametrize("kept", ["shuffle", "batch_sampler", "workers", "collate", "mappings", "numbers"])
+def test_the_numbers_that_saf_asks_for_are_added_to_an_ordinary_loader(kept):
+    x = torch.arange(12.0)[:, None].repeat(1, 4)
+    plain, order = TensorDataset(x, torch.arange(12) % 2), torch.Generator().manual_seed(0)
+    sampler = BatchSampler(RandomSampler(plain, generator=order), batch_size=5, drop_last=True)
+    dataset, options = {
+        "shuffle": (plain, {"batch_size": 5, "shuffle": True, "drop_last": True}),
+        "batch_sampler": (plain, {"batch_sampler": sampler}),
+        "workers": (plain, {"batch_size": 5, "num_workers": 1, "drop_last": True, "persistent_workers": True}),
+        "collate": (plain, {"batch_size": 5, "collate_fn": halved, "drop_last": True}),
+        "mappings": (plain, {"batch_size": 5, "collate_fn": named, "drop_last": True}),
+        "numbers": (Indexed(plain), {"batch_size": 5, "shuffle": True, "drop_last": True}),
+    }[kept]
+    loader = DataLoader(dataset, generator=order, **options)
+    seen = []
+
+    def step(model, batch):
+        points = batch.inputs["points"] if kept == "mappings" else batch.inputs
+        seen.append((points[:, 0] * (2 if kept == "collate" else 1), batch.numbers))
+        return network_of_two(points).mean()
+
+    network_of_two = network(2)
+    train(network_of_two, loader, Objective(step, numbers=True), epochs=2, classes=2)
+    assert [len(numbers) for _, numbers in seen] == [5] * 4
+    assert all(torch.equal(points.long(), numbers) for points, numbers in seen)
+    assert type(loader.dataset) is type(dataset)
+    assert len(next(iter(loader))) == (3 if kept == "numbers" else 2)
+
+
+def test_saf_trains_the_same_with_numbers_of_its_own_making():
+    x, labels, loader = task(2)
+    order = torch.Generator().manual_seed(1)
+    plain = DataLoader(TensorDataset(x, labels), batch_size=30, shuffle=True, generator=order)
+    first, second = (train(network(2), given, "SAF", epochs=4, classes=2) for given in (plain, loader))
+    assert torch.equal(first[0].weight, second[0].weight)
+
+
 def test_frozen_parameters_stay_and_a_schedule_is_followed():
     model = network(2)
     model[0].requires_grad_(False)
@@ -110,11 +172,11 @@ def test_frozen_parameters_stay_and_a_schedule_is_followed():
 def test_what_cannot_be_trained_is_refused_in_words():
     x, labels, loader = task(2)
     model = network(2)
-    plain = DataLoader(TensorDataset(x, labels), batch_size=30)
     for given, name, told in (
         (loader, "Zloss", "objective must be one of CrossEntropy, .* got 'Zloss'"),
-        (plain, "SAF", "loader must yield the samples' numbers for SAF"),
-        ([(x, labels)], "SAF", "loader must have a dataset of known size for SAF"),
+        (DataLoader(Stream(x, labels), batch_size=30), "SAF", "loader must be a DataLoader over a dataset with"),
+        (DataLoader(SizedStream(x, labels), batch_size=30), "SAF", "an iterable dataset or a list of batches does not"),
+        ([(x, labels)], "SAF", "a list of batches does not tell"),
         ([(x,)], "ZLoss", "loader must yield labels"),
         ([(x, labels + 1)], "ZLoss", "labels must lie in 0..1"),
         ([(x, labels)], lambda logits, labels: logits.sum() / 0, "gave a loss of .* in epoch 0, step 0"),

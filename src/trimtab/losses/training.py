@@ -28,6 +28,7 @@ from trimtab.losses.base import pair
 from trimtab.losses.calibration_terms import DCA, MDCA, MMCE
 from trimtab.losses.direct_coverage import DirectCoverage
 from trimtab.losses.ensloss import EnsLoss
+from trimtab.losses.indexed import numbered
 from trimtab.losses.mann_whitney import MannWhitney
 from trimtab.losses.mixtures import make_mixtures
 from trimtab.losses.mixup import DMixup
@@ -37,6 +38,10 @@ from trimtab.losses.spherical import SquaredErrorLoss, TaylorSoftmaxLoss
 from trimtab.losses.z_loss import ZLoss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+_UNNUMBERED = (
+    "loader must be a DataLoader over a dataset with a length and numbered items for SAF, which has to know each "
+    "sample again; an iterable dataset or a list of batches does not tell"
+)
 
 
 class Batch(NamedTuple):
@@ -65,10 +70,12 @@ class Objective:
     Attributes:
         loss: called with the network and the batch, returns a scalar.
         after: called with the network after each step of the optimizer.
+        numbers: whether the loss asks for the samples' numbers: `train` then adds them to the batches of a DataLoader.
     """
 
     loss: Callable[[nn.Module, Batch], Float[Tensor, ""]]
     after: Callable[[nn.Module], object] = lambda model: None
+    numbers: bool = False
 
 
 def train(
@@ -86,8 +93,9 @@ def train(
 
     Args:
         model: a classifier, logits (n, c); on its device.
-        loader: batches of (inputs, labels), or (inputs, labels, numbers) as `Indexed` makes them, which SAF asks for;
-            or mappings with ``labels`` and perhaps ``index``. Gone through once an epoch.
+        loader: batches of (inputs, labels), or mappings with ``labels``. Gone through once an epoch. SAF asks for the
+            samples' numbers: a DataLoader over a dataset with a length and numbered items gets them here; anything else
+            is to yield them, as a third item or as ``index``.
         objective: a name of `OBJECTIVES`, a loss called with logits and labels, or an `Objective`.
         epochs: how often the loader is gone through, >= 1.
         classes: number of classes c.
@@ -120,6 +128,8 @@ def train(
     task = Task(model, checks.integer(classes, "classes", low=2), _samples(loader), epochs, seed)
     name = objective if isinstance(objective, str) else type(objective).__name__
     objective = _objective(objective, task)
+    if objective.numbers:
+        loader = numbered(loader)
     moving = optimizer(parameter for parameter in model.parameters() if parameter.requires_grad)
     scheduled = None if schedule is None else schedule(moving)
     training = model.training
@@ -238,16 +248,16 @@ def _ranked(ranking: RankMixup | MNDCG, sets: int) -> Callable[[Task], Objective
 
 def _remembered(task: Task) -> Objective:
     if task.samples is None:
-        raise InputError("loader must have a dataset of known size for SAF: a DataLoader over Indexed(dataset)")
+        raise InputError(_UNNUMBERED)
     lookback, start = _delays(task.epochs)
     saf = SAF(samples=task.samples, classes=task.classes, start=start, lookback=lookback)
 
     def step(model: nn.Module, batch: Batch) -> Tensor:
         if batch.numbers is None:
-            raise InputError("loader must yield the samples' numbers for SAF: a DataLoader over Indexed(dataset)")
+            raise InputError(_UNNUMBERED)
         return saf(logits_of(model, batch.inputs), batch.labels, batch.numbers, batch.epoch)
 
-    return Objective(step)
+    return Objective(step, numbers=True)
 
 
 def _averaged(task: Task) -> Objective:

@@ -114,6 +114,9 @@ def test_a_check_that_says_no_leaves_with_one(capsys, monkeypatch):
         (["list", "--format", "xml"], "`trimtab list --help` says more"),
         (["claims", "run", "--workers", "0"], "`trimtab claims run --help` says more"),
         (["claims"], "`trimtab claims --help` says more"),
+        (["audit", "scores.csv", "--epochs", "3"], "--epochs and --learning-rate go with --objective NAME"),
+        (["audit", "scores.csv", "--learning-rate", "0.1"], "--epochs and --learning-rate go with --objective NAME"),
+        (["audit", "--coco", "a", "b", "--objective", "SAF"], "--objective goes with a setup"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(capsys, arguments, message):

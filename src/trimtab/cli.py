@@ -98,8 +98,13 @@ Objectives = Annotated[
         help="For a setup with train: train a copy of the model on with this objective of trimtab.losses. Repeatable.",
     ),
 ]
-Epochs = Annotated[int, typer.Option("--epochs", min=1, help="For --objective: how often to go through train.")]
-LearningRate = Annotated[float, typer.Option("--learning-rate", help="For --objective: of Adam.")]
+Epochs = Annotated[
+    int | None,
+    typer.Option("--epochs", min=1, help="For --objective: how often to go through train; 5 if not given."),
+]
+LearningRate = Annotated[
+    float | None, typer.Option("--learning-rate", help="For --objective: of Adam; 0.001 if not given.")
+]
 Folds = Annotated[int, typer.Option("--folds", min=2, help="Folds of the cross-validation that ranks calibrators.")]
 
 
@@ -131,8 +136,8 @@ def audit(
     folds: Folds = 5,
     max_time: MaxTime = None,
     objective: Objectives = None,
-    epochs: Epochs = 5,
-    learning_rate: LearningRate = 1e-3,
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
     onnx: Onnx = True,
     fresh: Fresh = False,
     quiet: Silent = False,
@@ -141,6 +146,12 @@ def audit(
     """Measure a model, a table or a detector, correct it, and report."""
     from trimtab import audit as job
 
+    given = {"epochs": epochs, "learning_rate": learning_rate}
+    training = {name: value for name, value in given.items() if value is not None}
+    if training and not objective:
+        raise InputError("--epochs and --learning-rate go with --objective NAME")
+    if objective and coco is not None:
+        raise InputError("--objective goes with a setup that brings a model and train, not with --coco")
     if coco is not None and source is None:
         if calibration is not None:
             raise InputError(
@@ -155,8 +166,7 @@ def audit(
         raise InputError("--coco-calibration goes with --coco")
     options = {
         "objectives": tuple(objective or ()),
-        "epochs": epochs,
-        "learning_rate": learning_rate,
+        **training,
         "seed": seed,
         "workers": workers,
         "resamples": resamples,

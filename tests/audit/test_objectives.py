@@ -1,19 +1,30 @@
 """The audit's training with other objectives, beside the correction after training."""
 
+import io
 import json
+from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from fake_result import audit as fake
+from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from trimtab.audit import Setup, audit
 from trimtab.audit import objectives as module
-from trimtab.audit.report import render
-from trimtab.audit.result import AuditResult
+from trimtab.audit.brief import brief
+from trimtab.audit.report import render, tables
+from trimtab.audit.report.captions import trained as caption
+from trimtab.audit.report.verdict import training_sentence
+from trimtab.audit.result import NOTHING, AuditResult, TrainedModel
 from trimtab.calibration import TemperatureScaling, Uncalibrated, select
 from trimtab.core.checks import InputError
+from trimtab.core.predictions import Predictions
+from trimtab.metrics import essentials
 
 FAST = {"resamples": 20, "folds": 2, "onnx": False}
 
@@ -42,9 +53,9 @@ def setup() -> Setup:
 def test_every_objective_has_its_row_and_the_model_stays(tmp_path):
     given = setup()
     before = {name: value.clone() for name, value in given.model.state_dict().items()}
-    result = audit(given, tmp_path, objectives=("ZLoss", "EnsLoss"), epochs=20, learning_rate=0.01, **FAST)
+    result = audit(given, tmp_path, objectives=("ZLoss", "SAF", "EnsLoss"), epochs=20, learning_rate=0.01, **FAST)
     rows = {model.objective: model for model in result.trained}
-    assert list(rows) == ["", "CrossEntropy", "ZLoss", "EnsLoss"]
+    assert list(rows) == ["", "CrossEntropy", "ZLoss", "SAF", "EnsLoss"]
     assert all(torch.equal(value, before[name]) for name, value in given.model.state_dict().items())
     assert rows[""].before["log_loss"] == result.before["log_loss"]
     assert rows["CrossEntropy"].after["accuracy"][0] > rows[""].after["accuracy"][0] + 0.2
@@ -53,8 +64,92 @@ def test_every_objective_has_its_row_and_the_model_stays(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Correct in training, or afterwards?" in page
     assert "failed: classes must be 2 for EnsLoss" in page
+    assert training_sentence(result.trained)[1:] in page
     kept = AuditResult.from_dict(json.loads((tmp_path / "audit.json").read_text(encoding="utf-8")))
-    assert kept.trained[:3] == result.trained[:3]
+    assert kept.trained[1:4] == result.trained[1:4]
+    for name in ("CrossEntropy", "ZLoss", "SAF"):
+        copy = deepcopy(given.model)
+        copy.load_state_dict(load_file(tmp_path / rows[name].file))
+        scaled = TemperatureScaling().fit_predictions(Predictions.collect(copy, given.calibration))
+        measured = essentials(scaled(Predictions.collect(copy, given.test).logits), given.test.dataset.tensors[1])
+        assert measured["log_loss"].estimate == pytest.approx(rows[name].after["log_loss"][0])
+    assert not rows[""].file + rows["EnsLoss"].file
+    for name in ("", "ZLoss", "SAF"):
+        change = rows[name].after["log_loss"][0] - rows["CrossEntropy"].after["log_loss"][0]
+        assert rows[name].change["log_loss"][0] == pytest.approx(change)
+    assert rows["CrossEntropy"].change == rows["EnsLoss"].change == {}
+
+
+def model(name, loss, *, width=0.05, change=None, failed=None):
+    """A row of the table whose log loss falls by 0.1 on scaling."""
+    before, after = (
+        {"accuracy": NOTHING, "ece": NOTHING, "log_loss": (x, x - width, x + width)} for x in (loss + 0.1, loss)
+    )
+    moved = {} if change is None else {"log_loss": change}
+    seconds, file = (0.03, f"trained-{name}.safetensors") if name and not failed else (float("nan"), "")
+    return TrainedModel(name, before, after, seconds, failed, file, moved)
+
+
+LEFT, CONTROL = model("", 0.45, change=(0.04, 0.01, 0.07)), model("CrossEntropy", 0.41)
+FAILED = model("EnsLoss", float("nan"), failed="classes must be 2")
+
+
+@pytest.mark.parametrize(
+    ("other", "best", "said", "told", "mark"),
+    [
+        (
+            model("SAF", 0.40, change=(-0.01, -0.02, -0.005)),
+            "SAF",
+            "trained on with SAF, the model has a log loss of 0.500, and of 0.400 after temperature scaling, clearly "
+            "better than the 0.410 of CrossEntropy; temperature scaling alone gives 0.450.",
+            "held against cross-entropy's 0.410 (0.360 to 0.460), that is clearly better.",
+            ("\u22120.010", "clearly better"),
+        ),
+        (
+            model("SAF", 0.40, change=(-0.01, -0.02, 0.005)),
+            "SAF",
+            "not told apart from the 0.410 of CrossEntropy",
+            "that is within uncertainty.",
+            ("\u22120.010", "within uncertainty"),
+        ),
+        (
+            model("SAF", 0.43, change=(0.02, 0.01, 0.03)),
+            "CrossEntropy",
+            "clearly worse than the 0.410 of CrossEntropy",
+            "training on with CrossEntropy has the lowest log loss, 0.410 (0.360 to 0.460).",
+            ("+0.020", "clearly worse"),
+        ),
+    ],
+    ids=["better", "unclear", "worse"],
+)
+def test_an_objective_is_judged_against_the_control(other, best, said, told, mark):
+    result = replace(fake(n=200), trained=[LEFT, CONTROL, other, FAILED])
+    result.settings.update(training_epochs=5, learning_rate=1e-3)
+    rows = {row[0].text: row for row in tables.trained(result).rows}
+    assert [name for name, row in rows.items() if row[0].badge == "best"] == [best]
+    assert rows["SAF"][-2][:2] == mark
+    assert rows["SAF"][0].note == "trained-SAF.safetensors"
+    assert [rows["CrossEntropy"][-2].text, rows["EnsLoss"][-2].text] == ["\u2013"] * 2
+    assert [row[-1].text for row in rows.values()] == ["\u2013", "0.03\u202fs", "0.03\u202fs", "\u2013"]
+    assert said in training_sentence(result.trained)
+    assert told in caption(result)
+    page = render(result)
+    assert f"trimtab.losses.train(model, loader, &#34;{best}&#34;, epochs=5, classes=10" in page.replace('"', "&#34;")
+    assert f"trained-{best}.safetensors" in page.partition("To take the copy")[2]
+    assert page.count('<span class="badge">best</span>') == 1
+    console = Console(width=2000, record=True, file=io.StringIO())
+    console.print(brief(result, Path("out")))
+    assert said[1:] in console.export_text()
+
+
+def test_without_a_control_or_anything_trained_nothing_is_judged():
+    lost = replace(FAILED, objective="CrossEntropy")
+    alone = replace(fake(n=200), trained=[LEFT, lost, model("SAF", 0.40)])
+    assert "scaling; temperature scaling alone gives 0.450" in training_sentence(alone.trained)
+    assert {row[-2].text for row in tables.trained(alone).rows} == {"\u2013"}
+    none = replace(alone, trained=[LEFT, lost, FAILED])
+    assert "could not be trained on" in training_sentence(none.trained)
+    assert "losses.train" not in render(none)
 
 
 def test_without_objectives_there_is_no_section(tmp_path):

@@ -308,6 +308,8 @@ def test_a_paired_interval_decides_where_there_is_one():
         (coverage(0.999), "99.9\u202f%"),
         (plural(1, "class"), "1 class"),
         (plural(1000, "class"), "1,000 classes"),
+        (seconds(0.004), "under 0.01\u202fs"),
+        (seconds(0.03), "0.03\u202fs"),
         (seconds(0.44), "0.4\u202fs"),
         (seconds(125), "2\u202fmin 5\u202fs"),
     ],

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from trimtab.audit import setup as setups
 from trimtab.audit.correct import Budget, Settings, triple
-from trimtab.audit.result import NOTHING, TrainedModel, rebuild
+from trimtab.audit.result import CONTROL, NOTHING, TrainedModel, rebuild
 from trimtab.audit.setup import Setup
 from trimtab.audit.workspace import Workspace
 from trimtab.calibration import TemperatureScaling
-from trimtab.core import checks
+from trimtab.core import checks, persist
 from trimtab.core.checks import InputError
 from trimtab.core.predictions import Predictions
 from trimtab.core.progress import OutOfTime, in_time, limit
 from trimtab.losses import OBJECTIVES, train
 
-CONTROL = "CrossEntropy"
 _MEASURES = ("accuracy", "ece", "log_loss")
 
 
@@ -57,30 +58,45 @@ class Training:
         setup: Setup,
         calibration: Predictions,
         test: Predictions,
+        out: Path,
         work: Workspace,
         settings: Settings,
         budget: Budget,
     ) -> tuple[list[TrainedModel], list[str]]:
         """The model as it is, and copies trained on; each with and without temperature scaling. Also notes.
 
-        Cross-entropy is always among them: it tells what the further training does by itself.
+        Cross-entropy is always among them: it tells what the further training does by itself. The copies' weights are
+        left in `out`.
         """
         if not self.names:
             return [], []
-        rows = [work.number("no training", lambda: _measured("", calibration, test, settings))]
+        start = "no training"
+        rows = {start: work.number(start, lambda: _measured("", calibration, test, work.file(start), settings))}
         late = []
         for name in self.names:
-            piece = f"train with {name}, {self.epochs} epochs at {self.learning_rate:g}"
+            piece = self._piece(name)
+            train_on = partial(self._trained, setup, name, test.c, out, work.file(piece), settings)
             try:
                 with limit(budget.seconds):
                     in_time()
-                    rows.append(work.number(piece, partial(self._trained, setup, name, test.c, settings)))
+                    rows[piece] = work.number(piece, train_on)
             except OutOfTime:
                 late.append(name)
         notes = [f"Not trained with for want of time: {', '.join(late)}."] if late else []
-        return [rebuild(TrainedModel, row) for row in rows], notes
+        control = self._piece(CONTROL)
+        if control in rows and rows[control]["failed"] is None:
+            scaled = Predictions.read(work.file(control))
+            for piece, row in rows.items():
+                if piece != control and row["failed"] is None:
+                    row["change"] = settings.compare(scaled, Predictions.read(work.file(piece)))
+        return [rebuild(TrainedModel, row) for row in rows.values()], notes
 
-    def _trained(self, setup: Setup, name: str, classes: int, settings: Settings) -> dict[str, Any]:
+    def _piece(self, name: str) -> str:
+        return f"train with {name}, {self.epochs} epochs at {self.learning_rate:g}"
+
+    def _trained(
+        self, setup: Setup, name: str, classes: int, out: Path, scaled: Path, settings: Settings
+    ) -> dict[str, Any]:
         """A copy of the model after training with one objective; a refusal or an error leaves its words."""
         assert setup.train is not None
         model, start = deepcopy(setup.model), time.perf_counter()
@@ -92,16 +108,21 @@ class Training:
         except Exception as error:
             nothing = dict.fromkeys(_MEASURES, NOTHING)
             failed = setups.told(error)
-            return {"objective": name, "before": nothing, "after": nothing, "seconds": 0.0, "failed": failed}
-        seconds = time.perf_counter() - start
+            return {"objective": name, "before": nothing, "after": nothing, "seconds": math.nan, "failed": failed}
+        seconds, file = time.perf_counter() - start, f"trained-{name}.safetensors"
+        how = {"objective": name, "epochs": self.epochs, "learning_rate": self.learning_rate, "seed": settings.seed}
+        persist.save(out / file, model.state_dict(), how)
         calibration, test = (Predictions.collect(model, loader) for loader in (setup.calibration, setup.test))
-        return {**_measured(name, calibration, test, settings), "seconds": seconds}
+        return {**_measured(name, calibration, test, scaled, settings), "seconds": seconds, "file": file}
 
 
-def _measured(name: str, calibration: Predictions, test: Predictions, settings: Settings) -> dict[str, Any]:
-    """A model's scores, as they are and after temperature scaling fitted on the calibration rows."""
+def _measured(
+    name: str, calibration: Predictions, test: Predictions, scaled: Path, settings: Settings
+) -> dict[str, Any]:
+    """A model's scores, as they are and after temperature scaling fitted on the calibration rows, kept in `scaled`."""
     temperature = TemperatureScaling().fit_predictions(calibration)
     both = {"before": test, "after": temperature.transform(test)}
+    Predictions(both["after"].logits, test.labels).write(scaled)
     found = {when: settings.essentials(part) for when, part in both.items()}
     plain = {when: {key: triple(values[key]) for key in _MEASURES} for when, values in found.items()}
-    return {"objective": name, **plain, "seconds": 0.0}
+    return {"objective": name, **plain, "seconds": math.nan, "failed": None}

@@ -11,6 +11,7 @@ from trimtab.core import persist
 
 Triple = tuple[float, float, float]  # estimate, low, high
 NOTHING: Triple = (math.nan, math.nan, math.nan)
+CONTROL = "CrossEntropy"  # the objective whose further training the others are held against
 Row = TypeVar("Row")
 
 
@@ -68,7 +69,7 @@ class ShiftCell:
 class TrainedModel:
     """The model after further training with one objective; an empty name is the model as it is.
 
-    `before` and `after` temperature scaling: accuracy, ece, log_loss.
+    `before` and `after` temperature scaling: accuracy, ece, log_loss. `file` holds the weights of what was trained.
     """
 
     objective: str
@@ -76,6 +77,9 @@ class TrainedModel:
     after: dict[str, Triple]
     seconds: float
     failed: str | None = None
+    file: str = ""
+    change: dict[str, Triple] = field(default_factory=dict)
+    """Measures after scaling minus those after training on with cross-entropy, bootstrapped in pairs."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def audit(
         source: a table of scores (Parquet, Feather, CSV, NPZ; columns as in `Predictions.read`), a setup function as
             ``file.py:function`` or ``package.module:function``, or a `Setup`.
         out: folder for ``report.html``, ``metrics.parquet``, ``audit.json``, ``calibrator.safetensors`` and ``.json``,
-            and, for a model where ONNX is installed, ``model_calibrated.onnx``.
+            and, for a model, ``model_calibrated.onnx`` where ONNX is installed and ``trained-NAME.safetensors`` for
+            each objective.
         calibration: for a table: another table to fit the corrections on. Without it the rows are split in two
             halves, stratified by label: one to fit on, one to measure on.
         seed: the same seed gives the same numbers (with the same number of workers).
@@ -190,7 +191,7 @@ def _audit_model(
         settings,
         budget,
     )
-    trained, untrained = training.compare(setup, calibration, test, work, settings, budget)
+    trained, untrained = training.compare(setup, calibration, test, out, work, settings, budget)
     cells, late = _follow_shifts(setup, spec, work, workers, settings, budget)
     if setup.classes is not None:
         names = [str(name) for name in setup.classes]

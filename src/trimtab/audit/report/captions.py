@@ -6,8 +6,8 @@ import math
 
 from trimtab.audit.report.heat import MEAN, Heat
 from trimtab.audit.report.tables import bins, risk_at
-from trimtab.audit.report.verdict import UNSHIFTED, chosen, scored, uncorrected
-from trimtab.audit.report.words import coverage, decimal, mid_sentence, percent, plural
+from trimtab.audit.report.verdict import UNSHIFTED, best_trained, chosen, control_of, judged, scored, uncorrected
+from trimtab.audit.report.words import coverage, decimal, difference, mid_sentence, percent, plural
 from trimtab.audit.result import AuditResult, Triple
 
 
@@ -54,19 +54,21 @@ def rule(result: AuditResult) -> str:
 def trained(result: AuditResult) -> str:
     """What the table of objectives compares, and which row has the lowest log loss once it is scaled."""
     text = (
-        "A copy of the model was trained on with each objective; cross-entropy tells what the training does by itself. "
-        "Scaling is by one temperature, fitted on the calibration rows. "
+        "A copy of the model was trained on with each objective. Cross-entropy tells what the training does by itself: "
+        "the log losses after scaling are held against its, on the same rows. Scaling is by one temperature, fitted on "
+        "the calibration rows. "
     )
-    rows = {model.objective: model.after["log_loss"] for model in result.trained if model.failed is None}
-    if list(rows) == [""]:
+    best, control = best_trained(result.trained), control_of(result.trained)
+    if best is None or best_trained(result.trained[1:]) is None:
         return f"{text}None of them could be trained; the table and the notes say why."
-    best = min(rows, key=lambda name: rows[name][0])
-    how = f"training on with {best}" if best else "the model as it is"
-    text += f"After it, {how} has the lowest log loss, {_with_interval(rows[best])}"
-    beside = rows.get("CrossEntropy")
-    if best in ("", "CrossEntropy") or beside is None:
+    how = f"training on with {best.objective}" if best.objective else "the model as it is"
+    loss = best.after["log_loss"]
+    text += f"After it, {how} has the lowest log loss, {_with_interval(loss)}"
+    if control is None or best is control:
         return f"{text}."
-    return f"{text}; with cross-entropy it is {_with_interval(beside)}. Where these overlap, it may be chance."
+    beside = control.after["log_loss"]
+    words = difference(beside, loss, False, judged(control, best))["words"]
+    return f"{text}; held against cross-entropy's {_with_interval(beside)}, that is {words}."
 
 
 def _with_interval(value: Triple) -> str:

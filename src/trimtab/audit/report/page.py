@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from trimtab.audit.report import captions, tables
 from trimtab.audit.report.figures import FEW, figures
 from trimtab.audit.report.heat import LEVELS, MEAN, heat_maps
-from trimtab.audit.report.verdict import chosen, confidence_gap, uncorrected, verdict
+from trimtab.audit.report.verdict import best_trained, chosen, confidence_gap, uncorrected, verdict
 from trimtab.audit.report.words import (
     HEADLINE,
     Measure,
@@ -51,6 +51,7 @@ def render(result: AuditResult) -> str:
             verdict=verdict(result),
             chosen=chosen(result),
             uncorrected=uncorrected(result),
+            trained=best_trained(result.trained[1:]),
             cards=[card(result, measure) for measure in HEADLINE],
             heats=heats,
             few=FEW,

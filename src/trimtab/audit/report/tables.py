@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from trimtab.audit.report.verdict import best_trained, control_of, judged
 from trimtab.audit.report.words import (
     FURTHER,
     HEADLINE,
@@ -23,7 +24,7 @@ from trimtab.audit.report.words import (
     seconds,
     spaced,
 )
-from trimtab.audit.result import AuditResult, Curve, DetectionAudit, Ranked, Triple
+from trimtab.audit.result import CONTROL, AuditResult, Curve, DetectionAudit, Ranked, TrainedModel, Triple
 
 LIMIT = 50  # rows shown at first; a button shows the rest
 
@@ -185,19 +186,34 @@ def shift_name(name: str) -> str:
 
 def trained(result: AuditResult) -> Table:
     """The model as it is and trained on with other objectives, each with and without temperature scaling."""
+    best, control, none = best_trained(result.trained), control_of(result.trained), Cell("\u2013")
+
+    def difference_cell(model: TrainedModel) -> Cell:
+        if control is None or model is control or model.failed is not None:
+            return none
+        verdict = judged(control, model)
+        return change_cell(control.after["log_loss"], model.after["log_loss"], False, verdict, None)
+
     rows = [
         (
-            Cell(model.objective or "As it is", f"failed: {model.failed}" if model.failed else "", model.objective),
+            Cell(
+                model.objective or "As it is",
+                f"failed: {model.failed}" if model.failed else model.file,
+                model.objective,
+                "best" if model is best else "",
+            ),
             triple_cell(model.before["accuracy"], True),
             triple_cell(model.before["ece"], True),
             triple_cell(model.after["ece"], True),
             triple_cell(model.before["log_loss"], False),
             triple_cell(model.after["log_loss"], False),
-            seconds_cell(model.seconds),
+            difference_cell(model),
+            seconds_cell(model.seconds) if math.isfinite(model.seconds) else none,
         )
         for model in result.trained
     ]
-    labels = ("Accuracy", "ECE", "ECE after scaling", "Log loss", "Log loss after scaling", "Training")
+    scaled = ("Log loss after scaling", f"Against {CONTROL}")
+    labels = ("Accuracy", "ECE", "ECE after scaling", "Log loss", *scaled, "Training")
     columns = (("Objective", False), *((label, True) for label in labels))
     return Table("trained", "The model as it is, and trained on with other objectives", columns, rows)
 

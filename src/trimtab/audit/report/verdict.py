@@ -1,4 +1,4 @@
-"""The verdict in words: a headline and two sentences, computed from the numbers and hedged by their intervals."""
+"""The verdict in words: a headline and a few sentences, computed from the numbers and hedged by their intervals."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from trimtab.audit.report.words import compare, coverage, decimal, mid_sentence, percent, plural, points, spaced
-from trimtab.audit.result import AuditResult, Ranked, ShiftCell, Triple
+from trimtab.audit.report.words import Change, compare, coverage, decimal, mid_sentence, percent, plural, points, spaced
+from trimtab.audit.result import CONTROL, AuditResult, Ranked, ShiftCell, TrainedModel, Triple
 
 UNSHIFTED = "none"
 _NEGLIGIBLE = 0.01  # one point: a calibration error, or a loss of accuracy, that is nothing to act on
@@ -16,14 +16,14 @@ _MOST = 2 / 3  # a correction that removes this share of the error removes "most
 
 
 class Verdict(NamedTuple):
-    """What the first screen says: two short sentences as the headline, two longer ones below."""
+    """What the first screen says: two short sentences as the headline, longer ones below."""
 
     headline: tuple[str, str]
-    sentences: tuple[str, str]
+    sentences: tuple[str, ...]
 
 
 def verdict(result: AuditResult) -> Verdict:
-    """Judge the model, the chosen correction, and what shift does to both.
+    """Judge the model, the chosen correction, what training on does instead, and what shift does to both.
 
     The confidence gap is the mean confidence less the accuracy, with an interval that treats the two as independent;
     they are positively correlated, so the true interval is narrower.
@@ -31,11 +31,12 @@ def verdict(result: AuditResult) -> Verdict:
     state_head, state = _state(result)
     cure_head, cure = _cure(result)
     if any(cell.shift != UNSHIFTED for cell in result.shifts):
-        first = f"{state}; {cure}."
-        second = shift_sentence(result.shifts)
+        sentences = [f"{state}; {cure}.", shift_sentence(result.shifts)]
     else:
-        first, second = f"{state}.", f"{cure}."
-    return Verdict((f"{state_head}.", f"{_upper(cure_head)}."), (_upper(first), _upper(second)))
+        sentences = [f"{state}.", f"{cure}."]
+    if result.trained:
+        sentences.append(training_sentence(result.trained))
+    return Verdict((f"{state_head}.", f"{_upper(cure_head)}."), tuple(map(_upper, sentences)))
 
 
 def confidence_gap(headline: dict[str, Triple]) -> Triple:
@@ -184,6 +185,40 @@ def shift_sentence(cells: list[ShiftCell]) -> str:
     where = "" if len(shifts) == 1 else " on every shift" if clear == len(shifts) else f" on {clear} of {len(shifts)}"
     back = f"adapting with {best} wins back {points(won)} of the {points(lost)} points lost"
     return f"{fall}; {back}, clearly better{where}."
+
+
+def training_sentence(models: Sequence[TrainedModel]) -> str:
+    """What training on with the best of the objectives achieves, beside temperature scaling alone."""
+    start, *others = models
+    control = control_of(others)
+    best = best_trained(model for model in others if model is not control) or control
+    if best is None:
+        return "the model could not be trained on with any objective; the report says why."
+    losses = [decimal(found["log_loss"][0]) for found in (best.before, best.after, start.after)]
+    against = ""
+    if control is not None and best is not control:
+        change = judged(control, best)
+        how = f"clearly {change} than" if change in ("better", "worse") else "not told apart from"
+        against = f", {how} the {decimal(control.after['log_loss'][0])} of {CONTROL}"
+    return (
+        f"trained on with {best.objective}, the model has a log loss of {losses[0]}, and of {losses[1]} after "
+        f"temperature scaling{against}; temperature scaling alone gives {losses[2]}."
+    )
+
+
+def best_trained(models: Iterable[TrainedModel]) -> TrainedModel | None:
+    """Of those that did not fail, the one with the lowest log loss after temperature scaling."""
+    return min((m for m in models if m.failed is None), key=lambda m: m.after["log_loss"][0], default=None)
+
+
+def control_of(models: Iterable[TrainedModel]) -> TrainedModel | None:
+    """What the others are held against; None where that training failed or there was no time for it."""
+    return next((m for m in models if m.objective == CONTROL and m.failed is None), None)
+
+
+def judged(control: TrainedModel, model: TrainedModel) -> Change:
+    """Whether a model's log loss after temperature scaling differs from the control's, by the paired difference."""
+    return compare(control.after["log_loss"], model.after["log_loss"], -1, model.change.get("log_loss"))
 
 
 def unadapted(cells: list[ShiftCell]) -> str:

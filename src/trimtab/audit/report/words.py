@@ -92,11 +92,13 @@ def plural(n: int, thing: str) -> str:
 
 
 def seconds(s: float) -> str:
-    """``0.4 s``, ``38 s``, ``2 min 5 s``."""
+    """``0.03 s``, ``0.4 s``, ``38 s``, ``2 min 5 s``."""
     if not math.isfinite(s):
         return MISSING
+    if s < 0.01:
+        return f"under 0.01{_NARROW}s"
     if s < 60:
-        return f"{s:.1f}{_NARROW}s" if s < 10 else f"{s:.0f}{_NARROW}s"
+        return f"{s:.{2 if s < 0.1 else 1 if s < 10 else 0}f}{_NARROW}s"
     minutes, rest = divmod(round(s), 60)
     return f"{count(minutes)}{_NARROW}min {rest}{_NARROW}s"
 

@@ -72,11 +72,14 @@ def test_the_worked_example_of_contributing_keeps_its_promises(tmp_path, monkeyp
             monkeypatch.setattr(trimtab.calibration, found.__name__, found, raising=False)
 
     example = execute(ROOT / "CONTRIBUTING.md", capsys, export)
-    calibrator = example["BiasCorrectedTemperature"]
+    calibrator, loss = example["BiasCorrectedTemperature"], example["PolyLoss"]
     runner = doctest.DocTestRunner()
-    for test in doctest.DocTestFinder().find(calibrator, globs={}):
-        runner.run(test)
-    assert runner.summarize().failed == 0
+    for shown in (calibrator, loss):
+        for test in doctest.DocTestFinder().find(shown, globs={shown.__name__: shown}):
+            runner.run(test)
+    assert runner.summarize() == (0, 9)
+    scores = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: loss()(z, torch.arange(6) % 4), scores)
     example["test_a_known_distortion_is_undone"]()
     example["test_labels_out_of_range_are_named"]()
     claim = example["CLAIM"]

@@ -224,3 +224,24 @@ def test_one_of():
     assert checks.one_of("up", "way", Literal["up", "down"]) == "up"
     with pytest.raises(InputError, match="way must be one of up, down, got 'left'"):
         checks.one_of("left", "way", Literal["up", "down"])
+
+
+def test_generators():
+    given = torch.Generator()
+    assert checks.generator(given) is given
+    assert checks.generator(None, seed=3).initial_seed() == 3
+    with pytest.raises(InputError, match=r"generator must be a torch.Generator, got int"):
+        checks.generator(0, seed=3)
+
+
+def test_functions():
+    assert checks.function(torch.relu, "loss") is torch.relu
+    for value, message in ((torch.nn.ReLU, "loss must be a function or a module, got the class ReLU"), (3, "got int")):
+        with pytest.raises(InputError, match=message):
+            checks.function(value, "loss")
+
+
+def test_loaders():
+    assert checks.loader([]) == []
+    with pytest.raises(InputError, match="data must yield batches, as a DataLoader does, got int"):
+        checks.loader(7, "data")

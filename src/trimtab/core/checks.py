@@ -7,6 +7,7 @@ Each returns the checked value as a tensor (or number), on the device and in the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab.core.errors import InputError as InputError
+from trimtab.core.precision import doubled
 
 
 def tensor(value: Any, name: str) -> Tensor:
@@ -147,7 +149,7 @@ def weights(value: Any, n: int, name: str = "weights") -> Float[Tensor, " n"]:
         raise InputError(f"{name} must have shape ({n},), got {tuple(w.shape)}")
     if w.is_complex() or w.dtype == torch.bool:
         raise InputError(f"{name} must be real numbers, got {str(w.dtype).removeprefix('torch.')}")
-    w = finite(w if w.is_floating_point() else w.double(), name)
+    w = finite(w if w.is_floating_point() else doubled(w), name)
     if unread(w):
         return w
     if bool((w < 0).any()):
@@ -196,6 +198,30 @@ def integer(value: int | np.integer, name: str, *, low: int | None = None, high:
     if high is not None and value > high:
         raise InputError(f"{name} must be at most {high}, got {value}")
     return int(value)
+
+
+def generator(value: Any, *, seed: int | None = None, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of random numbers; where there is a `seed`, None is a new one with it, on the device."""
+    if value is None and seed is not None:
+        return torch.Generator(device).manual_seed(seed)
+    if not isinstance(value, torch.Generator):
+        raise InputError(f"generator must be a torch.Generator, got {type(value).__name__}")
+    return value
+
+
+def function(value: Any, name: str) -> Any:
+    """Something to be called: a function or a module, no class in the place of an instance."""
+    if isinstance(value, type) or not callable(value):
+        got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise InputError(f"{name} must be a function or a module, got {got}")
+    return value
+
+
+def loader(value: Any, name: str = "loader") -> Any:
+    """Something to be gone through batch by batch, as a `DataLoader` is; a data set, which is not, is none."""
+    if not isinstance(value, Iterable):
+        raise InputError(f"{name} must yield batches, as a DataLoader does, got {type(value).__name__}")
+    return value
 
 
 def one_of(value: Any, name: str, kind: object) -> Any:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trimtab.core import checks
+
 
 class Chance(nn.Module):
     """A generator as part of a module, so that `state_dict` holds its state.
@@ -26,7 +28,7 @@ class Chance(nn.Module):
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.generator = checks.generator(generator, seed=0)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers, on the generator's device."""

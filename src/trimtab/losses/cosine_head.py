@@ -36,7 +36,7 @@ class CosineHead(nn.Module):
         checks.integer(classes, "classes", low=2)
         self.scale = checks.number(scale, "scale", low=0.0, low_open=True)
         self.weight = nn.Parameter(torch.empty(classes, features))
-        nn.init.xavier_uniform_(self.weight, generator=generator or torch.Generator().manual_seed(0))
+        nn.init.xavier_uniform_(self.weight, generator=checks.generator(generator, seed=0))
 
     def forward(self, embeddings: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """The mean loss.

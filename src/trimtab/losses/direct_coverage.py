@@ -32,6 +32,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
+from trimtab.core.precision import doubled
 from trimtab.losses.base import Reduction, reduced, same_device, widened
 
 
@@ -119,7 +120,7 @@ class DirectCoverage(nn.Module):
         if chances is not None:
             p = _vector(chances, len(nll), logits)
         else:
-            log_p = -nll.detach().double()
+            log_p = -doubled(nll.detach())
             if answers is not None:
                 same_device(logits=logits, answers=answers)
                 index = checks.labels(answers, len(nll), len(nll), "answers")
@@ -174,10 +175,10 @@ def coverage_loss(log_p: Float[Tensor, " n"], samples: int) -> Float[Tensor, " n
     log_p = widened(_floating(log_p, "log_p"))
     checks.within(checks.finite(log_p, "log_p"), "log_p", -math.inf, 0)
     samples = checks.integer(samples, "samples", low=1)
-    exact = log_p.detach().double()
+    exact = doubled(log_p.detach())
     p = exact.exp()
     likely = -torch.log(-torch.expm1(samples * torch.log1p(-p)))
-    value = torch.where(exact < _UNLIKELY, -math.log(samples) - exact, likely)
+    value = torch.where(exact < _UNLIKELY[exact.dtype], -math.log(samples) - exact, likely)
     # the chain rule through p = 1 is infinity times zero: the gradient is written down
     return value.to(log_p.dtype) - _factor(p, samples).to(log_p.dtype) * (log_p - log_p.detach())
 
@@ -190,7 +191,8 @@ def coverage_factor(p: Float[Tensor, " n"], samples: int) -> Float[Tensor, " n"]
         samples: N >= 1.
 
     Returns:
-        (n,), in 0..1, computed and returned in float64: 1 at p = 0, 0 at p = 1 (where N > 1), falling between.
+        (n,), in 0..1, computed and returned in float64 (float32 on Apple's GPUs): 1 at p = 0, 0 at p = 1 (where N > 1),
+        falling between.
 
     Raises:
         InputError: an argument is out of its range.
@@ -205,14 +207,14 @@ def coverage_factor(p: Float[Tensor, " n"], samples: int) -> Float[Tensor, " n"]
         Chen et al., NeurIPS 2025, arXiv 2502.07154.
     """
     p = checks.within(_floating(p, "p"), "p", 0, 1)
-    return _factor(p.detach().double(), checks.integer(samples, "samples", low=1))
+    return _factor(doubled(p.detach()), checks.integer(samples, "samples", low=1))
 
 
-_UNLIKELY = -600.0
+_UNLIKELY = {torch.float64: -600.0, torch.float32: -80.0}  # where probabilities are about to underflow
 
 
 def _factor(p: Tensor, samples: int) -> Tensor:
-    """F of probabilities in float64; by the authors' series where N p < 0.1."""
+    """F of probabilities; by the authors' series where N p < 0.1."""
     if samples == 1:
         return torch.ones_like(p)
     first = (samples - 1) * p
@@ -274,4 +276,4 @@ def _vector(chances: Tensor, n: int, logits: Tensor) -> Tensor:
     same_device(logits=logits, chances=chances)
     if _floating(chances, "chances").shape != (n,):
         raise InputError(f"chances must have shape ({n},), got {tuple(chances.shape)}")
-    return checks.within(chances.detach().double(), "chances", 0, 1)
+    return checks.within(doubled(chances.detach()), "chances", 0, 1)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.core.modules import evaluating
+from trimtab.core.precision import doubled
 from trimtab.core.progress import track
 
 
@@ -58,6 +59,7 @@ def sharpness(
         Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412
     """
     checks.number(rho, "rho", low=0.0, low_open=True)
+    checks.function(objective, "objective")
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     if not weights:
         raise InputError("model must have parameters that require gradients, found none")
@@ -65,7 +67,7 @@ def sharpness(
 
     def mean_loss(at: dict[str, Tensor], gradients: bool) -> float:
         summed, count = 0.0, 0
-        for x, labels in track(data, "sharpness"):
+        for x, labels in track(checks.loader(data, "data"), "sharpness"):
             with torch.set_grad_enabled(gradients):
                 loss = objective(functional_call(model, at, (x,)), labels)
             if not bool(torch.isfinite(loss)):
@@ -81,7 +83,7 @@ def sharpness(
 
     with evaluating(model):
         here = mean_loss(weights, gradients=True)
-        norm = torch.linalg.vector_norm(torch.stack([g.double().norm() for g in total.values()]).cpu())
+        norm = torch.linalg.vector_norm(torch.stack([doubled(g).norm() for g in total.values()]).cpu())
         if norm == 0:
             return 0.0
         there = {name: weight.detach().add(total[name], alpha=rho / float(norm)) for name, weight in weights.items()}

@@ -139,7 +139,7 @@ class MagFace(CosineHead):
         penalty_weight: float = 35.0,
         generator: torch.Generator | None = None,
     ):
-        generator = generator or torch.Generator().manual_seed(0)
+        generator = checks.generator(generator, seed=0)
         super().__init__(features, classes, scale=scale, generator=generator)
         self.lengths = _ascending(lengths, "lengths", low_open=True)
         self.margins = _ascending(margins, "margins", high=torch.pi)

@@ -74,6 +74,7 @@ def make_mixtures(
     labels = checks.labels(labels, len(x), classes)
     checks.number(alpha, "alpha", low=0, low_open=True)
     checks.integer(sets, "sets", low=1)
+    generator = checks.generator(generator)
 
     shares = numpy_generator(generator).beta(alpha, alpha, sets).tolist()
     orders = permutations(sets, len(x), generator).to(x.device)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trimtab.core.precision import doubled
 from trimtab.losses import base
 
 _PAIRS_AT_ONCE = 1 << 20
@@ -26,15 +27,15 @@ def nearest(
         count: 1..m, or 1..m - 1 with `leave_out`.
         leave_out: (n,) for every origin one target that does not count.
     """
-    centre = targets.double().mean(0)
-    targets = targets.double() - centre
+    centre = doubled(targets).mean(0)
+    targets = doubled(targets) - centre
     half_squares = targets.square().sum(1) / 2
     block = max(1, _PAIRS_AT_ONCE // len(targets))
     found = []
     with base.full_precision(origins):
         for start in range(0, len(origins), block):
             rows = slice(start, start + block)
-            far = torch.addmm(half_squares, origins[rows].double() - centre, targets.T, alpha=-1)
+            far = torch.addmm(half_squares, doubled(origins[rows]) - centre, targets.T, alpha=-1)
             if leave_out is not None:
                 far.scatter_(1, leave_out[rows, None], torch.inf)
             found.append(far.topk(count, largest=False).indices)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
+from trimtab.core.precision import doubled
 from trimtab.losses.base import same_device, widened
 
 
@@ -57,7 +58,7 @@ def pass_at_n_unbiased(drawn: int | Int[Tensor, " k"], right: Int[Tensor, " k"],
         samples: N >= 1.
 
     Returns:
-        (k,) in float64.
+        (k,) in float64 (float32 on Apple's GPUs).
 
     Raises:
         InputError: an argument is out of its range, or has another shape.
@@ -84,7 +85,7 @@ def pass_at_n_unbiased(drawn: int | Int[Tensor, " k"], right: Int[Tensor, " k"],
             raise InputError(f"{words}, found {int(right[row])} of {int(n[row])} at row {row}")
     if bool((right < 0).any()):
         raise InputError(f"right must be >= 0, found {int(right.min())} at {checks.first_bad(right < 0)}")
-    n, wrong = n.double(), (n - right).double()
+    n, wrong = doubled(n), doubled(n - right)
     missed = _log_choose(wrong.clamp(min=samples), samples) - _log_choose(n, samples)
     return torch.where(wrong < samples, 1.0, 1 - missed.exp())
 

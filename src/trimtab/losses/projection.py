@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
+from trimtab.core.precision import doubled
 from trimtab.losses import base
 
 _STEPS = 8
@@ -102,7 +103,7 @@ def camera_bias(
         raise InputError(f"keypoints must be as many as points, and 2 or more, got {tuple(keypoints.shape)}")
     if weight.shape != points.shape[:2]:
         raise InputError(f"confidence must have shape {tuple(points.shape[:2])}, got {tuple(weight.shape)}")
-    weight = checks.finite(weight, "confidence").double()
+    weight = doubled(checks.finite(weight, "confidence"))
     if bool((weight < 0).any()):
         raise InputError(f"confidence must be >= 0, found {checks.first_bad(weight < 0)}")
     unseen = weight.sum(0) == 0
@@ -112,7 +113,7 @@ def camera_bias(
             f"confidence must be positive for each keypoint in some sample, it is not for keypoint {first}"
         )
     ratio = checks.number(focal, "focal", low=0.0, low_open=True) / checks.number(size, "size", low=0.0, low_open=True)
-    space, seen = points.double(), keypoints.double()
+    space, seen = doubled(points), doubled(keypoints)
     away = (_projected(space + _placed(space, seen, weight, ratio)[:, None], ratio) - seen).square().sum(-1)
     return ((weight * away).sum(0) / weight.sum(0)).to(points.dtype)
 

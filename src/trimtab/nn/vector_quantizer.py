@@ -97,7 +97,7 @@ class EMAResetQuantizer(nn.Module):
         self.dim = checks.integer(dim, "dim", low=1)
         self.decay = checks.number(decay, "decay", low=0.0, high=1.0, high_open=True)
         self.alive = checks.number(alive, "alive", low=0.0, low_open=True)
-        self.generator = generator or torch.Generator().manual_seed(0)
+        self.generator = checks.generator(generator, seed=0)
         self.register_buffer("codebook", torch.zeros(codes, dim))
         self.register_buffer("code_sum", torch.zeros(codes, dim))
         self.register_buffer("code_count", torch.ones(codes))

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from trimtab.core.checks import InputError
-from trimtab.losses import DCA, MMCE, AugCal
+from trimtab.losses import DCA, MMCE, PASTA, AugCal
 
 
 def some():
@@ -33,6 +33,13 @@ def test_it_is_the_weighted_sum_over_augmented_sources():
     torch.testing.assert_close(task + 0.1 * adaptation + 0.5 * calibration, expected)
     own = built(task=lambda logits, labels: logits[0, labels[1]])
     torch.testing.assert_close(own.terms(nn.Identity(), source, labels, target).task, x[0, 1])
+
+
+def test_labels_of_minus_100_do_not_count():
+    source, labels, target = some()
+    labels[0] = -100
+    task = built(calibration=DCA(ignore_index=-100)).terms(nn.Identity(), source, labels, target).task
+    torch.testing.assert_close(task, cross_entropy(0.5 * source[1:], labels[1:]))
 
 
 def test_the_source_passes_the_model_once():
@@ -85,6 +92,28 @@ def test_bad_input_is_refused():
     ]:
         with pytest.raises(InputError, match=message):
             built(**settings)(nn.Identity(), source, labels, target)
+    scored = built(calibration=lambda logits, labels: logits.mean())
+    for labels_, message in [
+        (labels + 1, "labels must lie in 0..2, found 3 at row 2"),
+        (labels[:3], r"labels must have shape \(6,\), got \(3,\)"),
+        (labels.double(), "labels must be integer class indices, got float64"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            scored(nn.Identity(), source, labels_, target)
+    for outputs, message in [
+        (lambda x: {"scores": x}, r"model must give logits \(n, c\), floating point, got dict"),
+        (lambda x: x[:, 0], r"model must give logits \(n, c\), floating point, got float64 \(6,\)"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            scored(outputs, source, labels, target)
+    for settings, message in [
+        ({"calibration": DCA}, "calibration must be a function or a module, got the class DCA"),
+        ({"augment": PASTA}, "augment must be a function or a module, got the class PASTA"),
+        ({"adaptation": None}, "adaptation must be a function or a module, got NoneType"),
+        ({"task": nn.CrossEntropyLoss}, "task must be a function or a module, got the class CrossEntropyLoss"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            built(**settings)
     for name in ("weight", "adaptation_weight"):
         with pytest.raises(InputError, match=f"{name} must lie in"):
             built(**{name: -1})

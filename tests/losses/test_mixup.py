@@ -131,6 +131,10 @@ def test_other_bad_input_is_refused():
         loss(torch.zeros(4, 2), torch.zeros(4, dtype=torch.long), mixed)
     with pytest.raises(InputError, match="labels must be integer class indices, got float32"):
         loss(torch.zeros(3, 2), torch.zeros(3), mixed)
+    logits, labels = torch.zeros(3, 2), torch.zeros(3, dtype=torch.long)
+    for swapped in ((logits, mixed, labels), (mixed, logits, labels), (logits, labels, tuple(mixed))):
+        with pytest.raises(InputError, match="mixed must be what mix returned, after logits and labels, got"):
+            loss(*swapped)
     for settings, message in [
         ({"points": 0}, "points must be at least 1"),
         ({"alpha": 0}, "alpha must lie in"),

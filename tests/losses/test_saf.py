@@ -247,6 +247,8 @@ BAD = [
     ({"dtype": torch.int8}, r"dtype must be a floating-point type, got torch.int8"),
     ({"samples": 0}, r"samples must be at least 1"),
     ({"classes": 1}, r"classes must be at least 2"),
+    ({"start": 5, "end": 6}, r"end must be at least start \+ 2, 7, or no epoch counts, got 6"),
+    ({"objective": nn.CrossEntropyLoss}, "objective must be a function or a module, got the class CrossEntropyLoss"),
 ]
 
 
@@ -285,6 +287,10 @@ def test_another_network_and_another_file_are_refused(tmp_path):
         mesa.update(other)
     with pytest.raises(InputError, match=r"teacher_logits must have the shape \(6, 4\), got \(5, 4\)"):
         mesa(rows(6).float(), torch.zeros(6, dtype=torch.int64), torch.zeros(5, 3), epoch=1)
+    with pytest.raises(InputError, match=r"end must be at least start \+ 2, 7, or no epoch counts, got 2"):
+        MESA(model, end=2)
+    with pytest.raises(InputError, match="model must be on the device of average, cpu, got meta"):
+        mesa.update(nn.Linear(3, 4, device="meta"))
     with pytest.raises(InputError, match=r"decay must lie in \[0, 1\), got 1"):
         MESA(model, decay=1.0)
     (tmp_path / "other").write_bytes(b"12345")
@@ -294,6 +300,71 @@ def test_another_network_and_another_file_are_refused(tmp_path):
         filled(1, path=tmp_path / "none" / "outputs")
     with pytest.raises(InputError, match="dataset must have a length"):
         Indexed(iter([]))
+
+
+class Outputs(nn.Module):
+    """A model whose outputs a function makes of its inputs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (lambda x: x[:, :3], r"teacher_logits must have the shape \(6, 4\), got \(6, 3\)"),
+        (lambda x: (x, x), r"the average must give logits \(n, c\), floating point, got tuple"),
+        (lambda x: x[:, 0], r"the average must give logits \(n, c\), floating point, got float64 \(6,\)"),
+    ],
+)
+def test_other_outputs_of_the_average_are_refused(function, told):
+    mesa = MESA(Outputs(function), start=0)
+    with pytest.raises(InputError, match=told):
+        mesa(rows(6), torch.zeros(6, dtype=torch.int64), rows(6), epoch=1)
+
+
+def test_the_average_takes_what_the_network_takes():
+    mesa = MESA(Outputs(lambda x: {"out": x}), start=0)
+    labels = torch.zeros(6, dtype=torch.int64)
+    expected = F.cross_entropy(rows(6), labels) + 0.8 * trajectory_kl(rows(6), rows(6, seed=1))
+    torch.testing.assert_close(mesa(rows(6), labels, {"x": rows(6, seed=1)}, epoch=1), expected)
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+META = meta(6, 4), meta(6, dtype=torch.int64)
+
+
+def test_on_the_meta_device_only_shapes_are_told():
+    saf = SAF(samples=6, classes=4, start=1, lookback=1).to("meta")
+    assert saf(*META, META[1], epoch=3).is_meta
+    mesa = MESA(nn.Linear(4, 4, device="meta"), start=0)
+    assert mesa(*META, META[0], epoch=1).is_meta
+    mesa.update(nn.Linear(4, 4, device="meta"))
+
+
+@pytest.mark.bad_input
+def test_a_mix_of_meta_and_other_tensors_is_refused():
+    saf = SAF(samples=6, classes=4, start=1, lookback=1)
+    with pytest.raises(InputError, match="index must be on the meta device if logits is, and only then"):
+        saf(*META, torch.arange(6), epoch=3)
+    with pytest.raises(InputError, match="memory must be on the meta device if logits is, and only then"):
+        saf(*META, META[1], epoch=3)
+    with pytest.raises(InputError, match="average must be on the meta device if logits is, and only then"):
+        MESA(nn.Linear(4, 4, device="meta"), start=0)(rows(6), torch.zeros(6).long(), rows(6), epoch=1)
+
+
+def test_of_a_sample_that_is_drawn_twice_one_row_is_remembered():
+    memory = OutputMemory(2, 3, lookback=1)
+    outputs = torch.eye(3) - 1
+    memory.write(torch.tensor([1, 1, 1]), outputs, epoch=0)
+    seen, there = memory.read(torch.tensor([1]), epoch=1)
+    assert there.all()
+    assert any(torch.equal(seen[0], row) for row in outputs)
 
 
 @pytest.mark.bad_input

@@ -153,7 +153,12 @@ def test_bad_batches_are_refused():
         ((said[:, :3], label[:, :3]), {}, r"prediction must have shape \(n, 4, ...\), none of it 0, got \(5, 3, 3\)"),
         ((said, label[:4]), {}, r"target must have the shape \(5, 4, 3\), got \(4, 4, 3\)"),
         ((said, label), {"error": torch.zeros(4)}, r"error must have shape \(5, 4\) or \(5,\), got \(4,\)"),
-        ((said, label), {"confidence": -torch.ones(5)}, "confidence must be >= 0, found row 0, column 0"),
+        (
+            (said, label),
+            {"confidence": -torch.ones(5)},
+            r"confidence must lie in \[0, inf\], found -1 at row 0, column 0",
+        ),
+        ((said, label), {"error": -torch.eye(5, 4)}, r"error must lie in \[0, inf\], found -1 at row 0, column 0"),
         ((said, label), {"error": torch.full((5,), torch.nan)}, "error must be finite, found nan at row 0"),
         ((said, label), {"trusted": torch.ones(5, device="meta")}, "trusted must be on the device of prediction"),
         ((said.long(), label), {}, "prediction must be floating point, got int64"),

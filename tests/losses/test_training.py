@@ -42,7 +42,10 @@ def network(classes, seed=0):
 def test_every_objective_teaches_a_network(name, classes):
     x, labels, loader = task(classes)
     model = network(classes)
-    refused = {2: {"ZLoss": "at least 3 columns"}, 3: {name: f"classes must be 2 for {name}, got 3" for name in BINARY}}
+    refused = {
+        2: {"ZLoss": "classes must be at least 3"},
+        3: {name: f"classes must be 2 for {name}, got 3" for name in BINARY},
+    }
     if name in refused[classes]:
         with pytest.raises(InputError, match=refused[classes][name]):
             train(model, loader, name, epochs=1, classes=classes)
@@ -183,13 +186,18 @@ def test_what_cannot_be_trained_is_refused_in_words():
     ):
         with pytest.raises(InputError, match=told):
             train(model, given, name, epochs=1, classes=2)
-    with pytest.raises(InputError, match="logits must have 2 columns, got 3"):
+    with pytest.raises(InputError, match=r"model must give logits of 2 classes, got \(30, 3\)"):
         train(network(3), loader, "EnsLoss", epochs=1, classes=2)
+    for name in ("CrossEntropy", "Mixup", "RankMixup", "SAF", "MESA", torch.nn.functional.cross_entropy):
+        with pytest.raises(InputError, match=r"model must give logits of 7 classes, got"):
+            train(network(3), loader, name, epochs=1, classes=7)
+    with pytest.raises(InputError, match="loader must yield batches, as a DataLoader does, got TensorDataset"):
+        train(model, torch.utils.data.TensorDataset(x, labels), "Focal", epochs=1, classes=2)
     for given, name, told in (
         ([], "Mixup", "loader must yield batches in every epoch, it yielded none in epoch 0"),
         (iter([(x, labels)]), "Mixup", "none in epoch 1"),
         ([(x, labels, x[:, 0])], "Focal", "whole sample numbers"),
-        ([(x, labels)], ZLoss, "objective must be a name or called with logits and labels"),
+        ([(x, labels)], ZLoss, "objective must be a function or a module, got the class ZLoss"),
         ([(x, labels)], DirectCoverage(samples=2, reduction="none"), "must give a scalar"),
     ):
         with pytest.raises(InputError, match=told):

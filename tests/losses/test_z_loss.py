@@ -133,5 +133,7 @@ def test_scores_whose_squares_overflow_are_refused():
 
 @pytest.mark.bad_input
 def test_two_classes_whose_z_scores_never_change_are_refused():
-    with pytest.raises(InputError, match="logits must have at least 3 columns"):
+    with pytest.raises(InputError, match=r"classes must be at least 3: the z-scores of two are 1 and -1, .* got 2"):
         ZLoss()(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
+    with pytest.raises(InputError, match="classes must be at least 3"):
+        ZLoss().of_sums(*torch.ones(3, 4), classes=2)

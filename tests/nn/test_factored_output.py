@@ -233,6 +233,8 @@ def test_what_cannot_be_is_refused_and_changes_nothing():
         ((h, far, ok, 0.1), r"labels must lie in 0..29, found 30 at row 2"),
         ((h, labels[:2], ok, 0.1), "labels must have 3 entries"),
         ((h, labels, ok, -0.1), r"lr must lie in \[0, inf\)"),
+        ((h, labels, ZLoss(), 0.1), r"loss must be called with sums, as ZLoss\(\).of_sums is, got ZLoss\(\)"),
+        ((h, labels, None, 0.1), "loss must be called with sums"),
         ((h, labels, ZLoss(reduction="none").of_sums, 0.1), r"loss must return a scalar, got shape \(3,\)"),
         ((1e200 * h, labels, SquaredErrorLoss().of_sums, 0.1), "must be finite"),
         # the squared error's step at lr = 1 / (2 |h|^2) forgets the direction of h altogether
@@ -248,6 +250,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing():
         ({"features": 0}, "features must be at least 1"),
         ({"classes": 1}, "classes must be at least 2"),
         ({"std": 0.0}, "std must lie in"),
+        ({"generator": 7}, "generator must be a torch.Generator, got int"),
         ({"condition_every": 0}, "condition_every must be at least 1"),
         ({"dtype": torch.bfloat16}, "dtype must be float32 or float64, got bfloat16"),
     ):

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
-from trimtab.losses.base import batch, same_device, widened
+from trimtab.losses.base import batch, flat_labels, logits_from, same_device, widened
 
 
 class AugCalTerms(NamedTuple):
@@ -52,10 +52,10 @@ class AugCal(nn.Module):
         calibration: a function of logits and labels, such as `DCA` (the paper's), `MDCA` or `MMCE`.
         weight: of the calibration term, >= 0; 1, to be chosen in 0.1..1.
         adaptation_weight: of the base method's loss, >= 0; 1, put the base method's own.
-        task: a function of logits and labels; the cross-entropy.
+        task: a function of logits and labels; the cross-entropy, in which labels of -100 do not count.
 
     Raises:
-        InputError: a weight is out of range.
+        InputError: a weight is out of range, or a part is nothing to be called.
 
     Example:
         >>> import torch
@@ -81,15 +81,15 @@ class AugCal(nn.Module):
         calibration: Callable[[Tensor, Tensor], Tensor],
         weight: float = 1.0,
         adaptation_weight: float = 1.0,
-        task: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        task: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.adaptation = adaptation
-        self.augment = augment
-        self.calibration = calibration
+        self.adaptation = checks.function(adaptation, "adaptation")
+        self.augment = checks.function(augment, "augment")
+        self.calibration = checks.function(calibration, "calibration")
         self.weight = checks.number(weight, "weight", low=0)
         self.adaptation_weight = checks.number(adaptation_weight, "adaptation_weight", low=0)
-        self.task = task
+        self.task = _cross_entropy if task is None else checks.function(task, "task")
 
     def forward(
         self,
@@ -109,7 +109,8 @@ class AugCal(nn.Module):
             target: (m, ...) unlabelled real inputs, finite; the base method's processing is left as it is.
 
         Raises:
-            InputError: an input is malformed, `augment` changes the batch's shape, or a part is no scalar.
+            InputError: an input is malformed, `augment` changes the batch's shape, `model` gives no logits, or a part
+                is no scalar.
         """
         task, adaptation, calibration = self.terms(model, source, labels, target)
         return task + self.adaptation_weight * adaptation + self.weight * calibration
@@ -127,7 +128,7 @@ class AugCal(nn.Module):
         augmented = self.augment(source)
         if augmented.shape != source.shape:
             raise InputError(f"augment must keep the shape {tuple(source.shape)}, got {tuple(augmented.shape)}")
-        logits = widened(model(augmented))
+        logits = widened(logits_from(model, augmented))
         parts = AugCalTerms(
             self.task(logits, labels), self.adaptation(model, augmented, target), self.calibration(logits, labels)
         )
@@ -136,3 +137,8 @@ class AugCal(nn.Module):
                 raise InputError(f"{name} must return a scalar, got {tuple(value.shape)}")
             checks.finite(value, name)
         return parts
+
+
+def _cross_entropy(logits: Float[Tensor, "n c *shape"], labels: Int[Tensor, "n *shape"]) -> Float[Tensor, ""]:
+    flat_labels(logits, labels, -100)
+    return cross_entropy(logits, labels.long())

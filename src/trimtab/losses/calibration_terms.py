@@ -15,13 +15,13 @@ code also leaves out the square root, which the paper has.
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
-from trimtab.losses.base import full_precision, pair
+from trimtab.core.precision import doubled
+from trimtab.losses.base import flat_labels, full_precision, same_device, widened
 
 _ZERO = 1e-16  # a mean of products of gaps that rounding cannot tell from none
 
@@ -130,9 +130,9 @@ class MMCE(nn.Module):
         if self.weighted:
             right, wrong, one = hits * shares, (1 - hits) * shares, shares.amax()
             shares = right / right.sum().clamp(min=one) + wrong / wrong.sum().clamp(min=one)
-        p, order = confidence.double().sort(stable=True)
+        p, order = doubled(confidence).sort(stable=True)
         # for p_j <= p_i the kernel is exp(p_j / width) / exp(p_i / width): the sum over j is a prefix sum
-        g = (shares * (hits - confidence)).double()[order]
+        g = doubled(shares * (hits - confidence))[order]
         grown = ((p - p[-1:]) / self.width).exp()
         below = (g * grown).cumsum(0) / grown
         pairs = 2 * (g @ below) - g @ g
@@ -144,15 +144,12 @@ def _rows(
 ) -> tuple[Float[Tensor, "m c"], Int[Tensor, " m"], Float[Tensor, " m"]]:
     """Checked logits and labels, a row for each sample or pixel, and each one's share of the mean."""
     z, y = checks.tensor(logits, "logits"), checks.tensor(labels, "labels")
-    if z.ndim > 2:
-        if y.shape != (len(z), *z.shape[2:]):
-            raise InputError(f"labels must have shape {(len(z), *z.shape[2:])}, got {tuple(y.shape)}")
-        z, y = z.movedim(1, -1).flatten(0, -2), y.flatten()
-    counts = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
-    z, y = pair(z, y if ignore_index is None else y.where(counts, 0))
+    same_device(logits=z, labels=y)
+    rows = widened(checks.logits(z.movedim(1, -1).flatten(0, -2) if z.ndim > 2 else z))
+    y, counts = flat_labels(z, y, ignore_index)
     if not checks.unread(counts) and not bool(counts.any()):
         raise InputError(f"labels must not all be ignore_index, {ignore_index}")
-    return z, y, counts.to(z.dtype) / counts.sum()
+    return rows, y, counts.to(rows.dtype) / counts.sum()
 
 
 def _judged(z: Float[Tensor, "m c"], y: Int[Tensor, " m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:

@@ -130,6 +130,8 @@ class DMixup(nn.Module):
         Raises:
             InputError: a shape, type, device or value is wrong.
         """
+        if not isinstance(mixed, Mixed):
+            raise InputError(f"mixed must be what mix returned, after logits and labels, got {type(mixed).__name__}")
         same_device(logits=logits, labels=labels, orders=mixed.orders)
         z, y = pair(logits, labels)
         if mixed.orders.shape[1] != len(z):

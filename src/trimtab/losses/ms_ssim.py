@@ -42,7 +42,8 @@ class MSSSIM(nn.Module):
 
     Args:
         data_range: the difference of the largest and the smallest value that a pixel can have, 1 or 255; never guessed
-            from a batch.
+            from a batch, nor held against one: with 1 for images in 0..255 what steadies dark and flat regions is too
+            small by 255^2, and nothing tells.
         scales: how many, 1 to 5 with the standard exponents, or the exponents of all scales, finest first. Both sides
             of the images must exceed ``(win_size - 1) * 2 ** (scales - 1)``; for 32 x 32 take 3 and a window of 5.
         win_size: width of the Gaussian window in pixels, odd; 11, as is usual.
@@ -112,7 +113,7 @@ class ExpectedLossVAE(nn.Module):
             depends on the loss's scale, so there is no default.
 
     Raises:
-        InputError: the weight is not positive.
+        InputError: the weight is not positive, or the loss is nothing to be called.
 
     Example:
         >>> import torch
@@ -127,7 +128,7 @@ class ExpectedLossVAE(nn.Module):
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], *, weight: float) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss = checks.function(loss, "loss")
         self.weight = checks.number(weight, "weight", low=0, low_open=True)
 
     def forward(

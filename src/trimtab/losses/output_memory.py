@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
+from trimtab.losses.base import same_meta
 
 
 class OutputMemory(nn.Module):
@@ -65,7 +66,8 @@ class OutputMemory(nn.Module):
             self.written, self.outputs = _mapped(Path(path), shape, dtype)
 
     def write(self, index: Int[Tensor, " b"], logits: Float[Tensor, "b c"], epoch: int) -> None:
-        """Remember the logits of the samples `index` in this epoch (of one sample's several rows, the last)."""
+        """Remember the logits of the samples `index` in this epoch (of one sample's several rows, one)."""
+        same_meta(logits=logits, index=index, memory=self.outputs)
         slot, index = epoch % (self.lookback + 1), index.to(self.written.device)
         rows = logits.detach()
         rows = (rows - rows.amax(1, keepdim=True)).clamp_(min=torch.finfo(self.outputs.dtype).min)

@@ -60,7 +60,7 @@ class SAF(nn.Module):
         temperature: softens both outputs, > 0; 5.
         start: the divergence counts in epochs after this one; 5 as in the run script, at least `lookback`.
         lookback: how many epochs ago, >= 1; 3 as in the paper (the run script for ImageNet takes 2).
-        end: and in epochs before this one; by default to the end of training.
+        end: and in epochs before this one, at least `start` + 2; by default to the end of training.
         objective: what the divergence is added to, called with logits and labels; cross-entropy. The authors' ImageNet
             runs smooth labels by 0.1.
         dtype: precision of the memory; float32. float16 halves it, see `OutputMemory`.
@@ -71,7 +71,8 @@ class SAF(nn.Module):
             `lookback` epochs.
 
     Raises:
-        InputError: a number is out of range, `start` is before `lookback`, or the file has another size.
+        InputError: a number is out of range, `start` is before `lookback`, no epoch counts, or the file has another
+            size.
 
     Example:
         >>> saf = SAF(samples=4, classes=3, start=1, lookback=1)
@@ -103,8 +104,8 @@ class SAF(nn.Module):
         self.weight = checks.number(weight, "weight", low=0.0)
         self.temperature = checks.number(temperature, "temperature", low=0.0, low_open=True)
         self.start = checks.integer(start, "start", low=lookback)
-        self.end = None if end is None else checks.integer(end, "end", low=0)
-        self.objective = objective
+        self.end = _end(end, start)
+        self.objective = checks.function(objective, "objective")
 
     def forward(
         self, logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], index: Int[Tensor, " n"], epoch: int
@@ -114,7 +115,8 @@ class SAF(nn.Module):
         Args:
             logits: (n, c).
             labels: (n,), in 0..c-1.
-            index: (n,) numbers of the samples in the training set, in 0..samples-1, on any device.
+            index: (n,) numbers of the samples in the training set, in 0..samples-1, on any device. Of a sample that
+                is drawn twice, one of the rows is remembered.
             epoch: how many epochs are over, from 0.
 
         Raises:
@@ -145,14 +147,14 @@ class MESA(nn.Module):
         weight: of the divergence, >= 0; 0.8 as in the paper and its run script.
         temperature: softens both outputs, > 0; 5.
         start: the divergence counts in epochs after this one; 5 as in the run script.
-        end: and in epochs before this one; by default to the end of training.
+        end: and in epochs before this one, at least `start` + 2; by default to the end of training.
         objective: what the divergence is added to, called with logits and labels; cross-entropy.
 
     Attributes:
         average: the moving average of the weights, and of the buffers, as a network of its own.
 
     Raises:
-        InputError: a number is out of range.
+        InputError: a number is out of range, or no epoch counts.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -185,8 +187,8 @@ class MESA(nn.Module):
         self.weight = checks.number(weight, "weight", low=0.0)
         self.temperature = checks.number(temperature, "temperature", low=0.0, low_open=True)
         self.start = checks.integer(start, "start", low=0)
-        self.end = None if end is None else checks.integer(end, "end", low=0)
-        self.objective = objective
+        self.end = _end(end, start)
+        self.objective = checks.function(objective, "objective")
         self.average = deepcopy(bare(model)).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -211,8 +213,9 @@ class MESA(nn.Module):
         loss = self.objective(logits, labels)
         if not _counts(checks.integer(epoch, "epoch", low=0), self.start, self.end):
             return loss
+        base.same_meta(logits=logits, average=next(self.average.parameters(), logits))
         with torch.no_grad():
-            taught = checks.finite(self.average(x), "the average's logits")
+            taught = checks.finite(base.logits_from(self.average, x, "the average"), "the average's logits")
         _alike(logits, taught)
         return loss + self.weight * _divergence(logits, taught.to(logits), self.temperature).mean()
 
@@ -226,6 +229,8 @@ class MESA(nn.Module):
         pairs = list(zip(_state(self.average), _state(bare(model))))
         if [a.shape for a in _state(self.average)] != [b.shape for b in _state(bare(model))]:
             raise InputError("model must have the parameters and buffers of the model that MESA was built with")
+        for average, current in pairs[:1]:
+            base.same_device(average=average, model=current)
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
         get_ema_multi_avg_fn(self.decay)([a for a, _ in floating], [b for _, b in floating], None)
         for average, current in pairs:
@@ -267,6 +272,12 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Float[T
     log_taught = (teacher / temperature).log_softmax(1)
     log_said = (student / temperature).log_softmax(1)
     return temperature**2 * F.kl_div(log_said, log_taught, reduction="none", log_target=True).sum(1)
+
+
+def _end(end: int | None, start: int) -> int | None:
+    if end is not None and checks.integer(end, "end", low=0) < start + 2:
+        raise InputError(f"end must be at least start + 2, {start + 2}, or no epoch counts, got {end}")
+    return end
 
 
 def _counts(epoch: int, start: int, end: int | None) -> bool:

@@ -98,7 +98,8 @@ class ThresholdAdaptiveScaling(nn.Module):
             prediction, target: (n, k, ...) k outputs of any shape.
             confidence: (n, k), or (n,) for all outputs of a sample, >= 0: weighs the loss, and the error where that is
                 computed here; 0 where there is no label. One by default.
-            error: (n, k) what is held against the thresholds; the squared distance times the confidence by default.
+            error: (n, k) or (n,), >= 0, what is held against the thresholds; the squared distance times the
+                confidence by default.
             trusted: (n,) or (n, k): where it is not zero, the loss counts in full.
 
         Returns:
@@ -144,9 +145,7 @@ class ThresholdAdaptiveScaling(nn.Module):
         if confidence is None:
             weight = prediction.new_ones(prediction.shape[:2])
         else:
-            weight = _outputs(confidence, "confidence", prediction).to(prediction.dtype)
-            if not checks.unread(weight) and bool((weight < 0).any()):
-                raise InputError(f"confidence must be >= 0, found {checks.first_bad(weight < 0)}")
+            weight = _positive(confidence, "confidence", prediction).to(prediction.dtype)
         return prediction, target.to(prediction.dtype), weight
 
     @torch.no_grad()
@@ -155,7 +154,7 @@ class ThresholdAdaptiveScaling(nn.Module):
     ) -> Bool[Tensor, "n k"]:
         if error is None:
             error = weight * (prediction - target).square().reshape(*weight.shape, -1).sum(-1)
-        gross = _outputs(error, "error", prediction) > self.thresholds
+        gross = _positive(error, "error", prediction) > self.thresholds
         return gross if trusted is None else gross | (_outputs(trusted, "trusted", prediction) != 0)
 
 
@@ -166,3 +165,8 @@ def _outputs(value: Tensor, name: str, prediction: Tensor) -> Tensor:
     if value.shape not in ((n,), (n, k)):
         raise InputError(f"{name} must have shape ({n}, {k}) or ({n},), got {tuple(value.shape)}")
     return checks.finite(value, name).reshape(n, -1).expand(n, k)
+
+
+def _positive(value: Tensor, name: str, prediction: Tensor) -> Tensor:
+    """`value` as (n, k), refused where it is negative."""
+    return checks.within(_outputs(value, name, prediction), name, 0.0, torch.inf)

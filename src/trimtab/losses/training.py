@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from trimtab.core import checks, modules, progress
 from trimtab.core.checks import InputError
 from trimtab.core.optimizers import ADAM, OptimizerFactory
-from trimtab.core.predictions import logits_of, take_apart
+from trimtab.core.predictions import take_apart
 from trimtab.losses.anyloss import AnyLoss
-from trimtab.losses.base import pair
+from trimtab.losses.base import logits_from, pair
 from trimtab.losses.calibration_terms import DCA, MDCA, MMCE
 from trimtab.losses.direct_coverage import DirectCoverage
 from trimtab.losses.ensloss import EnsLoss
@@ -61,6 +61,10 @@ class Task(NamedTuple):
     samples: int | None
     epochs: int
     seed: int
+
+    def logits(self, model: nn.Module, inputs: Any) -> Float[Tensor, "n c"]:
+        """What the network in training gives for a batch, refused where it is not of these classes."""
+        return logits_from(model, inputs, classes=self.classes)
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,8 @@ def train(
         seed: of whatever is drawn: dropout, mixtures, and the order of a loader that shuffles without a generator.
 
     Raises:
-        InputError: the name is unknown, a batch has no labels, an epoch no batches, the objective refuses a batch, or a
-            loss or the trained weights are not finite.
+        InputError: the name is unknown, a batch has no labels, an epoch no batches, the model gives logits of other
+            classes, the objective refuses a batch, or a loss or the trained weights are not finite.
         OutOfTime: the time `limit` was reached.
 
     Example:
@@ -124,6 +128,7 @@ def train(
         raise InputError(f"optimizer must build one from parameters, got {type(optimizer).__name__}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("model must have parameters that train, all are frozen")
+    checks.loader(loader)
     device = modules.device_of(model)
     task = Task(model, checks.integer(classes, "classes", low=2), _samples(loader), epochs, seed)
     name = objective if isinstance(objective, str) else type(objective).__name__
@@ -166,9 +171,7 @@ def _objective(objective: str | Loss | Objective, task: Task) -> Objective:
     if isinstance(objective, Objective):
         return objective
     if not isinstance(objective, str):
-        if isinstance(objective, type) or not callable(objective):
-            raise InputError(f"objective must be a name or called with logits and labels, got {objective!r}")
-        return _of_logits(objective)
+        return _of_logits(checks.function(objective, "objective"), task)
     if objective not in OBJECTIVES:
         raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     return OBJECTIVES[objective](task)
@@ -194,8 +197,8 @@ def _batch(batch: Any, epoch: int, device: torch.device) -> Batch:
     return Batch(inputs, labels, numbers, epoch)
 
 
-def _of_logits(loss: Loss) -> Objective:
-    return Objective(lambda model, batch: loss(logits_of(model, batch.inputs), batch.labels))
+def _of_logits(loss: Loss, task: Task) -> Objective:
+    return Objective(lambda model, batch: loss(task.logits(model, batch.inputs), batch.labels))
 
 
 def _with_term(term: Loss) -> Callable[[Task], Objective]:
@@ -205,7 +208,7 @@ def _with_term(term: Loss) -> Callable[[Task], Objective]:
 
 
 def _plain(loss: Loss) -> Callable[[Task], Objective]:
-    return lambda task: _of_logits(loss)
+    return partial(_of_logits, loss)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -225,7 +228,7 @@ def _mixed(points: int) -> Callable[[Task], Objective]:
 
         def step(model: nn.Module, batch: Batch) -> Tensor:
             mixed = loss.mix(batch.inputs)
-            return loss(logits_of(model, mixed.inputs), batch.labels, mixed)
+            return loss(task.logits(model, mixed.inputs), batch.labels, mixed)
 
         return Objective(step)
 
@@ -238,8 +241,8 @@ def _ranked(ranking: RankMixup | MNDCG, sets: int) -> Callable[[Task], Objective
 
         def step(model: nn.Module, batch: Batch) -> Tensor:
             mixed = make_mixtures(batch.inputs, batch.labels, classes=task.classes, sets=sets, generator=generator)
-            logits = logits_of(model, batch.inputs)
-            return ranking(logits, batch.labels, logits_of(model, mixed.inputs), mixed.targets)
+            logits = task.logits(model, batch.inputs)
+            return ranking(logits, batch.labels, task.logits(model, mixed.inputs), mixed.targets)
 
         return Objective(step)
 
@@ -255,7 +258,7 @@ def _remembered(task: Task) -> Objective:
     def step(model: nn.Module, batch: Batch) -> Tensor:
         if batch.numbers is None:
             raise InputError(_UNNUMBERED)
-        return saf(logits_of(model, batch.inputs), batch.labels, batch.numbers, batch.epoch)
+        return saf(task.logits(model, batch.inputs), batch.labels, batch.numbers, batch.epoch)
 
     return Objective(step, numbers=True)
 
@@ -265,7 +268,7 @@ def _averaged(task: Task) -> Objective:
     mesa = MESA(task.model, decay=0.99, start=start)
 
     def step(model: nn.Module, batch: Batch) -> Tensor:
-        return mesa(logits_of(model, batch.inputs), batch.labels, batch.inputs, batch.epoch)
+        return mesa(task.logits(model, batch.inputs), batch.labels, batch.inputs, batch.epoch)
 
     return Objective(step, mesa.update)
 
@@ -287,7 +290,7 @@ def _binary(loss: Loss, name: str) -> Callable[[Task], Objective]:
             negative, positive = checks.logits(logits, classes=2).unbind(1)
             return loss(positive - negative, labels)
 
-        return _of_logits(of_difference)
+        return _of_logits(of_difference, task)
 
     return build
 

@@ -73,8 +73,7 @@ class ZLoss(nn.Module):
     def forward(self, logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, "..."]:
         """The loss of logits (n, c) at labels (n,)."""
         logits, labels = base.pair(logits, labels)
-        if logits.shape[1] == 2:
-            raise InputError("logits must have at least 3 columns: the z-scores of two are 1 and -1, whatever they are")
+        _enough(logits.shape[1])
         target, mean, variance = moments(logits, labels)
         rounding = (4 * torch.finfo(mean.dtype).eps * mean).square()
         return self._of_moments(target, mean, variance, rounding)
@@ -86,6 +85,7 @@ class ZLoss(nn.Module):
 
         The variance is a difference of these sums, and loses the digits by which the mean exceeds the spread.
         """
+        _enough(classes)
         mean = total / classes
         variance = (squares / classes - mean.square()).clamp_min(0)
         rounding = 4 * torch.finfo(mean.dtype).eps * mean.square()
@@ -100,3 +100,10 @@ class ZLoss(nn.Module):
         scale = torch.where(flat, torch.inf, variance).sqrt() + self.eps
         z = (target - mean) / scale
         return base.reduced(F.softplus(self.b - z, beta=self.a, threshold=40), self.reduction)
+
+
+def _enough(classes: int) -> None:
+    if classes < 3:
+        raise InputError(
+            f"classes must be at least 3: the z-scores of two are 1 and -1, whatever they are, got {classes}"
+        )

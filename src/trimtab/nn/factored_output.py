@@ -90,7 +90,7 @@ class FactoredOutput(nn.Module):
         self.condition_every = checks.integer(condition_every, "condition_every", low=1)
         if dtype not in (torch.float32, torch.float64):
             raise InputError(f"dtype must be float32 or float64, got {str(dtype).removeprefix('torch.')}")
-        generator = generator or torch.Generator().manual_seed(0)
+        generator = checks.generator(generator, seed=0)
         self.register_buffer("v", torch.empty(classes, features, dtype=dtype).normal_(0, std, generator=generator))
         self.register_buffer("u", torch.eye(features, dtype=dtype))
         self.register_buffer("u_inverse", torch.eye(features, dtype=dtype))
@@ -159,6 +159,8 @@ class FactoredOutput(nn.Module):
             InputError: an argument is malformed, the gradient overflows, or a step of this size would make U singular;
                 the weights are then as they were.
         """
+        if not callable(loss) or hasattr(loss, "of_sums"):
+            raise InputError(f"loss must be called with sums, as ZLoss().of_sums is, got {loss!r}")
         features = checks.matrix(h, "h", columns=self.v.shape[1]).to(self.v.dtype)
         labels = checks.labels(labels, len(features), len(self.v))
         lr = checks.number(lr, "lr", low=0)

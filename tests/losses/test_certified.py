@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from trimtab.core.checks import InputError
 from trimtab.losses import CertifiedIBP, SmoothedEps, ibp_init_
@@ -297,12 +298,65 @@ def test_bad_batches_are_refused(change, told):
         ({"std": (0.2, 0.0)}, "std must be positive"),
         ({"mean": float("nan")}, "mean must lie in"),
         ({"pixels": (1, 0)}, "pixels must be a lower and a higher number"),
-        ({"model": perceptron()[:1]}, "model must have a ReLU"),
     ],
 )
 def test_bad_settings_are_refused(change, told):
     with pytest.raises(InputError, match=told):
         CertifiedIBP(**({"model": perceptron()} | change))
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, nn.Sequential])
+def test_a_linear_classifier_has_no_warm_up_and_exact_bounds(wrap):
+    layer = perceptron()[0]
+    images = torch.rand(3, 6, generator=torch.Generator().manual_seed(0), dtype=layer.weight.dtype)
+    labels = torch.tensor([0, 1, 2])
+    loss = CertifiedIBP(wrap(layer), eps=0.1, pixels=None)
+    terms = loss.terms(images, labels, 0.1)
+    ahead = layer.weight[labels][:, None] - layer.weight
+    logits = layer(images)
+    worst = logits.gather(1, labels[:, None]) - logits - 0.1 * ahead.abs().sum(2)
+    torch.testing.assert_close(terms.margins, worst)
+    assert terms.tightness == terms.balance == 0
+    torch.testing.assert_close(loss(images, labels, 0.0), nn.functional.cross_entropy(logits, labels))
+
+
+def convolutional():
+    with torch.random.fork_rng(devices=[]):
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("model", "shape", "told"),
+    [
+        (perceptron(), (3, 5), r"0 \(Linear\) takes a size of 6 in axis -1, its input is \(3, 5\)"),
+        (
+            convolutional(),
+            (3, 2, 8, 8),
+            r"0 \(Conv2d\) takes 4 axes and a size of 1 in axis 1, its input is \(3, 2, 8, 8\)",
+        ),
+        (convolutional(), (3, 1, 8), r"0 \(Conv2d\) takes 4 axes and a size of 1 in axis 1"),
+        (convolutional(), (3, 1, 9, 9), r"3 \(Linear\) takes a size of 72 in axis -1, its input is \(3, 98\)"),
+    ],
+)
+def test_images_that_do_not_fit_the_model_are_refused(model, shape, told):
+    with pytest.raises(InputError, match=f"inputs must fit the model: {told}"):
+        CertifiedIBP(model)(torch.zeros(shape), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("loader", "told"),
+    [
+        (7, "loader must yield batches, as a DataLoader does, got int"),
+        (TensorDataset(torch.zeros(3, 6), torch.arange(3)), "as a DataLoader does, got TensorDataset"),
+        ([torch.zeros(3, 6)], "loader must yield labels, a batch came without"),
+        ([(torch.zeros(3, 6), torch.arange(3), 0)], r"loader must yield inputs, \(inputs, labels\)"),
+    ],
+)
+def test_what_is_no_loader_is_refused(loader, told):
+    with pytest.raises(InputError, match=told):
+        CertifiedIBP(perceptron()).error_rates(loader)
 
 
 @pytest.mark.bad_input

@@ -1,5 +1,7 @@
 """Interval bounds contain what they bound, and say where they cannot."""
 
+import operator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -127,6 +129,45 @@ def test_narrow_boxes_keep_their_width_in_single_precision():
     torch.testing.assert_close(found.double(), exact.radius, rtol=1e-5, atol=0)
 
 
+class Between(nn.Module):
+    """Two layers, and a function of both branches between them."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.head, self.function = nn.Linear(4, 4), nn.Linear(4, 3), function
+
+    def forward(self, x):
+        return self.head(input=self.function(self.first(x), x))
+
+
+@pytest.mark.parametrize(
+    ("named", "plain"),
+    [
+        (lambda a, b: torch.add(a, other=b), operator.add),
+        (lambda a, b: torch.add(input=a, other=b), operator.add),
+        (lambda a, b: a.add(other=b), operator.add),
+        (lambda a, b: torch.relu(input=a), lambda a, b: torch.relu(a)),
+        (lambda a, b: F.relu(input=a, inplace=False), lambda a, b: torch.relu(a)),
+        (lambda a, b: torch.flatten(input=a, start_dim=1), lambda a, b: a),
+        (lambda a, b: a.view(size=(b.size(dim=0), 4)), lambda a, b: a),
+    ],
+)
+def test_operands_may_be_given_by_name(named, plain):
+    box, _ = boxed(built(perceptron), 0)
+    found = IntervalBounds(built(lambda: Between(named)))(box)
+    expected = IntervalBounds(built(lambda: Between(plain)))(box)
+    for part, other in zip(found, expected):
+        assert torch.equal(part, other)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", ["alpha", "out"])
+def test_arguments_without_a_rule_are_refused(name):
+    model = nn.Sequential(built(lambda: Between(lambda a, b: torch.add(a, b, **{name: b}))))
+    with pytest.raises(InputError, match=f"model must call add in 0 with .* unexpected keyword argument '{name}'"):
+        IntervalBounds(model)
+
+
 @pytest.mark.bad_input
 def test_boxes_and_labels_that_are_none_are_refused():
     network, x = IntervalBounds(built(lambda: nn.Sequential(nn.Linear(2, 3)))), torch.zeros(2, 2, dtype=torch.float64)
@@ -167,12 +208,14 @@ class Device(Shifted):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2)), r"interval rule only, _0 \(LayerNorm\) has none"),
+        (lambda: nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2)), r"interval rule only, 0 \(LayerNorm\) has none"),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "must end in an nn.Linear"),
         (nn.Sequential, "must end in an nn.Linear"),
         (Branching, "cannot be traced"),
-        (TwoInputs, "must take one input"),
-        (Device, "must hold operations with an interval rule only, to"),
+        (TwoInputs, "cannot be traced by torch.fx with one input: .* missing 1 required positional argument: 'y'"),
+        (Device, "must hold operations with an interval rule only, to in the model itself has none"),
+        (nn.GELU, r"interval rule only, the model itself \(GELU\) has none"),
+        (lambda: nn.Sequential(nn.Sequential(Shifted(), nn.Linear(2, 2)), Device()), "only, to in 1 has none"),
     ],
 )
 def test_models_that_cannot_be_bounded_are_refused(make, told):

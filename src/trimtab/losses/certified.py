@@ -39,9 +39,11 @@ from torch.nn.modules.conv import _ConvNd
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.core.modules import evaluating
+from trimtab.core.predictions import take_apart
 from trimtab.core.progress import track
 from trimtab.losses.base import full_precision, same_device
-from trimtab.nn.intervals import SUMS, Interval, IntervalBounds, Margins, traced
+from trimtab.nn.intervals import Interval, IntervalBounds, Margins
+from trimtab.nn.tracing import SUMS, traced
 
 
 class CertifiedTerms(NamedTuple):
@@ -122,8 +124,6 @@ class CertifiedIBP(nn.Module):
     ) -> None:
         super().__init__()
         self.bounds = IntervalBounds(model)
-        if not self.bounds.relus:
-            raise InputError("model must have a ReLU, whose inputs the warm-up's regularisers look at")
         self.eps = checks.number(eps, "eps", low=0, low_open=True)
         self.weight = checks.number(weight, "weight", low=0)
         self.tolerance = checks.number(tolerance, "tolerance", low=0, low_open=True)
@@ -182,8 +182,11 @@ class CertifiedIBP(nn.Module):
         n = wrong = open_ = 0
         head = self.bounds.head.weight
         with evaluating(self):
-            for images, labels in track(loader, "verify"):
-                _, bounds, y = self._bounded(images.to(head.device), labels.to(head.device), radius)
+            for batch in track(checks.loader(loader), "verify"):
+                images, labels = take_apart(batch, head.device)
+                if labels is None:
+                    raise InputError("loader must yield labels, a batch came without")
+                _, bounds, y = self._bounded(images, labels, radius)
                 n += len(y)
                 wrong += int((bounds.logits.argmax(1) != y).sum())
                 open_ += int((bounds.lower < 0).any(1).sum())
@@ -224,7 +227,12 @@ def _numbers(value: float | Sequence[float], name: str) -> tuple[float, ...]:
 
 
 def _warm_up(box: Interval, before_relu: list[Interval], tolerance: float) -> tuple[Tensor, Tensor]:
-    """The tightness and the balance of what the ReLUs are given, means over them, in units of the tolerance."""
+    """The tightness and the balance of what the ReLUs are given, means over them, in units of the tolerance.
+
+    A model without ReLUs has neither.
+    """
+    if not before_relu:
+        return box.radius.new_zeros(()), box.radius.new_zeros(())
     width = box.radius.mean()
     tightness = [F.relu(tolerance - width / layer.radius.mean().clamp(min=1e-12)) for layer in before_relu]
     balance = [_imbalance(layer, tolerance) for layer in before_relu]
@@ -277,12 +285,11 @@ def ibp_init_(model: nn.Module, *, generator: torch.Generator | None = None) -> 
     weights = [weight for name, weight in model.named_parameters() if name.endswith("weight") and weight.ndim > 1]
     if len(weights) < 2:
         raise InputError(f"model must have at least two layers with weights, got {len(weights)}")
-    generator = generator or torch.Generator(weights[0].device).manual_seed(0)
+    generator = checks.generator(generator, seed=0, device=weights[0].device)
     with torch.no_grad():
         for weight in weights[:-1]:
             weight.normal_(0, math.sqrt(2 * math.pi) / weight[0].numel(), generator=generator)
-        for node in nodes:
-            layer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        for node, layer in nodes:
             before = node.all_input_nodes[0].all_input_nodes if layer is not None else []
             if isinstance(layer, (nn.Linear, _ConvNd)) and before and before[0].target in SUMS:
                 layer.weight /= 2

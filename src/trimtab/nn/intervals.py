@@ -14,6 +14,7 @@ code keeps the two ends: a radius of 1e-6 about 1 has lost 5 % of its length as 
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
+from trimtab.nn.tracing import SUMS, place_of, traced
 
 
 class Interval(NamedTuple):
@@ -95,9 +97,9 @@ class IntervalBounds(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        nodes = traced(model)
-        self.steps = [_step(node, model) for node in nodes if node.op not in ("placeholder", "output")]
-        self.entry = nodes[0].name
+        (entry, _), *nodes = traced(model)
+        self.steps = [_step(node, layer) for node, layer in nodes if node.op != "output"]
+        self.entry = entry.name
         if not self.steps or not isinstance(self.steps[-1].layer, nn.Linear):
             raise InputError("model must end in an nn.Linear layer, whose outputs are the logits")
 
@@ -105,7 +107,7 @@ class IntervalBounds(nn.Module):
         """The logits of the inputs, and bounds of the logits over their boxes.
 
         Raises:
-            InputError: the parts of the box differ in shape, or a radius is negative or NaN.
+            InputError: the parts of the box differ in shape, or do not fit the model, or a radius is negative or NaN.
         """
         last, _ = self._before_head(box)
         return _linear(self.head, last)
@@ -128,11 +130,6 @@ class IntervalBounds(nn.Module):
         return Margins(logits, centre.gather(1, labels[:, None]) - centre - spread, before_relu)
 
     @property
-    def relus(self) -> int:
-        """How many ReLUs the network has."""
-        return sum(step.rule is _relu for step in self.steps)
-
-    @property
     def head(self) -> nn.Linear:
         """The last layer."""
         head = self.steps[-1].layer
@@ -147,30 +144,12 @@ class IntervalBounds(nn.Module):
         values: dict[str, Any] = {self.entry: box}
         before_relu: list[Interval] = []
         for step in self.steps[:-1]:
-            args = [_filled(arg, values) for arg in step.args]
+            args, kwargs = step.given(values)
             if step.rule is _relu:
                 before_relu.append(args[0])
-            values[step.name] = step.rule(step.layer, *args, **step.kwargs)
-        return _filled(self.steps[-1].args[0], values), before_relu
-
-
-def traced(model: nn.Module) -> list[fx.Node]:
-    """The model's operations, in the order that it carries them out.
-
-    Raises:
-        InputError: it cannot be traced, or takes more than one input.
-    """
-    try:
-        nodes = list(fx.Tracer().trace(model).nodes)
-    except Exception as error:
-        raise InputError(f"model cannot be traced by torch.fx: {error}") from error
-    if [node.op for node in nodes].count("placeholder") != 1:
-        raise InputError("model must take one input")
-    return nodes
-
-
-SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-"""How a traced model adds two branches."""
+            values[step.name] = step.rule(step.layer, *args, **kwargs)
+        (last,), _ = self.steps[-1].given(values)
+        return last, before_relu
 
 
 @dataclass(frozen=True)
@@ -182,25 +161,58 @@ class _From:
 
 @dataclass(frozen=True)
 class _Step:
-    """One operation: ``rule(layer, *args, **kwargs)``."""
+    """One operation: ``rule(layer, *args, **kwargs)``; `place` is what the user calls it."""
 
     name: str
+    place: str
     rule: Callable[..., Any]
     layer: nn.Module | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def given(self, values: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Its arguments, with the values of earlier steps in their places; an input fits the layer."""
+        args, kwargs = _filled(self.args, values), {name: _filled(arg, values) for name, arg in self.kwargs.items()}
+        axis, width, axes = _taken(self.layer)
+        if width is not None:
+            shape = args[0].clean.shape
+            if len(shape) <= axis or shape[axis] != width or axes not in (None, len(shape)):
+                wanted = f"{axes} axes and " if axes else ""
+                raise InputError(
+                    f"inputs must fit the model: {self.place} takes {wanted}a size of {width} in axis {axis}, "
+                    f"its input is {tuple(shape)}"
+                )
+        return args, kwargs
 
-def _step(node: fx.Node, model: nn.Module) -> _Step:
-    layer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+def _taken(layer: nn.Module | None) -> tuple[int, int | None, int | None]:
+    """The axis of a layer's input that must be of a width, the width, and how many axes there must be."""
+    match layer:
+        case nn.Linear():
+            return -1, layer.in_features, None
+        case _ConvNd():
+            return 1, layer.in_channels, len(layer.kernel_size) + 2
+        case _BatchNorm():
+            return 1, layer.num_features, None
+    return 0, None, None
+
+
+def _step(node: fx.Node, layer: nn.Module | None) -> _Step:
     if layer is not None:
         rule = next((rule for kinds, rule in _LAYERS if isinstance(layer, kinds)), None)
     else:
         rule = _FUNCTIONS.get(node.target)
+    place = place_of(node, layer)
     if rule is None:
-        what = type(layer).__name__ if layer is not None else getattr(node.target, "__name__", node.target)
-        raise InputError(f"model must hold operations with an interval rule only, {node.name} ({what}) has none")
-    return _Step(node.name, rule, layer, tuple(map(_kept, node.args)), dict(node.kwargs))
+        raise InputError(f"model must hold operations with an interval rule only, {place} has none")
+    kwargs = {name: _kept(arg) for name, arg in node.kwargs.items()}
+    operands = (kwargs.pop(name) for name in ("input", "other") if name in kwargs)
+    args = (*map(_kept, node.args), *operands)
+    try:
+        inspect.signature(rule).bind(layer, *args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"model must call {place} with arguments that the interval rule has: {error}") from error
+    return _Step(node.name, place, rule, layer, args, kwargs)
 
 
 def _kept(arg: Any) -> Any:
@@ -248,7 +260,7 @@ def _batch_norm(layer: _BatchNorm, box: Interval) -> Interval:
     return Interval(layer(box.clean), torch.addcmul(shift, box.centre, scale), box.radius * scale.abs())
 
 
-def _relu(layer: nn.Module | None, box: Interval, **_: Any) -> Interval:
+def _relu(layer: nn.Module | None, box: Interval, inplace: bool = False) -> Interval:
     """The radius stays where the box is above zero, and is half the upper end where it is cut."""
     top = (box.centre + box.radius).relu()
     radius = torch.minimum(top, 2 * box.radius) / 2
@@ -273,8 +285,8 @@ def _attribute(layer: None, box: Interval, name: str) -> Any:
     return box.clean.shape
 
 
-def _size(layer: None, box: Interval, *axis: int) -> Any:
-    return box.clean.size(*axis)
+def _size(layer: None, box: Interval, dim: int | None = None) -> Any:
+    return box.clean.size(dim)
 
 
 def _each(function: Callable[..., Tensor]) -> Callable[..., Interval]:

@@ -7,6 +7,7 @@ from trimtab.losses.anyloss import AnyLoss
 from trimtab.losses.augcal import AugCal, AugCalTerms
 from trimtab.losses.calibration_terms import DCA, MDCA, MMCE
 from trimtab.losses.certified import CertifiedIBP, CertifiedTerms, ErrorRates, SmoothedEps, ibp_init_
+from trimtab.losses.class_means import prototype_logits, prototypes
 from trimtab.losses.cosine_head import CosineHead
 from trimtab.losses.direct_coverage import DirectCoverage, answer_log_prob, coverage_factor, coverage_loss
 from trimtab.losses.ensloss import EnsLoss, ensloss_derivatives
@@ -23,7 +24,6 @@ from trimtab.losses.output_memory import OutputMemory
 from trimtab.losses.pass_estimators import pass_at_n, pass_at_n_unbiased
 from trimtab.losses.pasta import PASTA
 from trimtab.losses.projection import camera_bias, perspective
-from trimtab.losses.prototypes import prototype_logits, prototypes
 from trimtab.losses.rankmixup import MNDCG, RankMixup
 from trimtab.losses.retrieval import dual_encoder_scores
 from trimtab.losses.saf import MESA, SAF, trajectory_kl

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from trimtab.core import checks
 from trimtab.core.checks import InputError
 from trimtab.losses import base
+from trimtab.losses.class_means import labelled, means_of_classes, places
 from trimtab.losses.nearest import distances, nearest
-from trimtab.losses.prototypes import labelled, means_of_classes, places
 
 _EPS = 1e-7
 

@@ -164,6 +164,7 @@ def test_bad_input_is_refused():
         ({"codes": 1}, "codes must be at least 2"),
         ({"decay": 1.0}, r"decay must lie in \[0, 1\)"),
         ({"alive": 0.0}, r"alive must lie in \(0, inf\)"),
+        ({"generator": 7}, r"generator must be a torch.Generator, got int"),
     ):
         with pytest.raises(InputError, match=message):
             EMAResetQuantizer(**settings)

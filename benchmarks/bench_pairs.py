@@ -45,7 +45,7 @@ def cosines(turns: int) -> None:
         pairs = head.scale * pairs[(pairs >= first - reach) & (pairs <= third + reach)]
         return F.cross_entropy(torch.cat([head.logits(x, y), pairs.expand(len(x), -1)], 1), y)
 
-    for n, d, c in ((128, 128, 100), (256, 512, 2000)):
+    for n, d, c in ((128, 128, 100), (256, 512, 2000), (512, 64, 10)):
         generator = torch.Generator().manual_seed(0)
         y = torch.randint(c, (n,), generator=generator)
         x = (torch.randn(c, d, generator=generator)[y] + torch.randn(n, d, generator=generator)).requires_grad_()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.core.checks import InputError
-from trimtab.losses import UNPG, ArcFace, CosFace, MagFace, pair_similarities, whisker_filter
+from trimtab.losses import UNPG, ArcFace, CosFace, MagFace, pair_similarities, unpg, whisker_filter
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "57-unpg").glob("*.npz"))
 CASES = [(path, name.split("/")[0]) for path in GOLDEN for name in np.load(path) if name.endswith("/x")]
@@ -80,6 +80,18 @@ def test_it_is_cross_entropy_with_appended_columns(seed, n, wisk):
     expected = F.cross_entropy(unified, y)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (found, expected)))
+
+
+@pytest.mark.parametrize("pairs", [1, 50, 200])
+def test_blocks_do_not_matter(pairs, monkeypatch):
+    x, y = batch(0, 21, 3)
+    x.requires_grad_(True)
+    loss = UNPG(CosFace(6, 3, scale=8.0).double())
+    whole = loss(x, y)
+    monkeypatch.setattr(unpg, "_PAIRS_AT_ONCE", pairs)
+    parts = loss(x, y)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (parts, whole)))
 
 
 @given(st.lists(st.floats(-1, 1), max_size=30), st.sampled_from([0.0, 0.5, 1.5]))

@@ -1,7 +1,6 @@
 """Certified training, its initialisation and its schedule: slug 39-fast-certified-ibp."""
 
 from copy import deepcopy
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -249,26 +248,6 @@ def test_convolutions_count_what_they_see():
     assert (model[1].weight == 1).all()
 
 
-@given(
-    start=st.integers(1, 4), length=st.integers(1, 12), batches=st.integers(1, 9), middle=st.floats(0, 1),
-    power=st.floats(1, 5),
-)  # fmt: skip
-def test_the_schedule_never_falls_and_ends_at_the_full_radius(start, length, batches, middle, power):
-    schedule = SmoothedEps(0.3, start=start, length=length, batches=batches, middle=middle, power=power)
-    radii = [schedule.step() for _ in range((start + length) * batches + 1)]
-    assert all(a <= b + 1e-12 for a, b in pairwise(radii))
-    assert all(radius == 0 for radius in radii[: (start - 1) * batches + 1])
-    assert radii[(start + length - 1) * batches] == 0.3
-
-
-def test_a_schedule_goes_on_where_it_was():
-    first, second = (SmoothedEps(0.3, start=1, length=4, batches=5) for _ in range(2))
-    for _ in range(7):
-        first.step()
-    second.load_state_dict(first.state_dict())
-    assert [first.step() for _ in range(9)] == [second.step() for _ in range(9)]
-
-
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("change", "told"),
@@ -365,5 +344,3 @@ def test_what_is_missing_is_told():
         CertifiedIBP(perceptron()).error_rates([])
     with pytest.raises(InputError, match="at least two layers"):
         ibp_init_(perceptron()[:1])
-    with pytest.raises(InputError, match="batches must be at least 1"):
-        SmoothedEps(0.1, batches=0)

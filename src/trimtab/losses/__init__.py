@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.losses.anyloss import AnyLoss
 from trimtab.losses.augcal import AugCal, AugCalTerms
 from trimtab.losses.calibration_terms import DCA, MDCA, MMCE
-from trimtab.losses.certified import CertifiedIBP, CertifiedTerms, ErrorRates, SmoothedEps, ibp_init_
+from trimtab.losses.certified import CertifiedIBP, CertifiedTerms, ErrorRates, ibp_init_
 from trimtab.losses.class_means import prototype_logits, prototypes
 from trimtab.losses.cosine_head import CosineHead
 from trimtab.losses.direct_coverage import DirectCoverage, answer_log_prob, coverage_factor, coverage_loss
@@ -27,6 +27,7 @@ from trimtab.losses.projection import camera_bias, perspective
 from trimtab.losses.rankmixup import MNDCG, RankMixup
 from trimtab.losses.retrieval import dual_encoder_scores
 from trimtab.losses.saf import MESA, SAF, trajectory_kl
+from trimtab.losses.smoothed_eps import SmoothedEps
 from trimtab.losses.spherical import SphericalSoftmaxLoss, SquaredErrorLoss, TaylorSoftmaxLoss
 from trimtab.losses.susana import ICNN, ProtoTriplet, icnn_score
 from trimtab.losses.threshold_adaptive import ThresholdAdaptiveScaling

@@ -3,8 +3,8 @@
 The limit is a plain forward pass, Tent's floor a hand-written loop: forward, entropy, backward, step. What an algorithm
 implies is its number of forward passes times the first plus its number of backward passes times the difference of the
 two, each as the adapter makes them (by the statistics of the batch or of the source, down to the normalisation layers
-or to all weights), plus its augmentations. All run in turns on the same batch, so that a slow minute hits all; medians
-are reported. Settings are such that every image is selected and every pass is made.
+or to all weights), plus its augmentations. All run in turns on the same batch, so that a slow minute hits all; times
+are the process's own, medians. Settings are such that every image is selected and every pass is made.
 
     python -m benchmarks.bench_adaptation [--rounds 9] [--batch 200] [--threads 1] [--adapters NAME ...]
 """
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.cifar10 import ResNet
 from trimtab.adaptation import ADAPTERS, Adapter, strong_augment
+from trimtab.adaptation.destroy import shuffle_patches
 from trimtab.core.modules import all_parameters, norm_parameters
 
 GOAL = 1.10
@@ -39,7 +41,11 @@ SOURCE_STATISTICS = {"Source", "LAME", "AdaNPC"}
 ALL_WEIGHTS = {"CoTTA", "PETAL", "RMT"}
 PASSES = {"BatchNormAdapt": (1, 0), "RMT": (3, 2), "CoTTA": (34, 1), "PETAL": (34, 1)}
 """Where they differ from the most that an adapter declares: RMT without replay, batch statistics alone."""
-VIEWS = {"CoTTA": 32, "PETAL": 32, "RMT": 1, "RoTTA": 1}
+VIEWS: dict[str, tuple[int, Callable[[Tensor, torch.Generator], Tensor]]] = {
+    **{name: (views, strong_augment) for name, views in (("CoTTA", 32), ("PETAL", 32), ("RMT", 1), ("RoTTA", 1))},
+    "DeYO": (1, shuffle_patches),
+}
+"""How many augmentations of the batch are made, and by what."""
 
 
 def by_hand(
@@ -66,9 +72,9 @@ def by_hand(
 
 
 def seconds(step: Callable[..., Any], x: Tensor) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     step(x)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def built(kind: type[Adapter], model: nn.Module, source: list[tuple[Tensor, Tensor]]) -> Adapter:
@@ -104,7 +110,6 @@ def main() -> None:
         "forward": by_hand(model, norm_parameters, back=False),
         "norms": by_hand(model, norm_parameters, back=True),
         "all": by_hand(model, all_parameters, back=True),
-        "augment": lambda x: strong_augment(x, generator),
     }
     print(
         f"{options.batch} x 3 x 32 x 32, {options.threads} thread(s), medians of {options.rounds} rounds, goal {GOAL}"
@@ -115,16 +120,17 @@ def main() -> None:
         if name not in options.adapters:
             continue
         adapter = built(kind, model, source)
-        steps = {**limits, "adapter": adapter}
+        views, augment = VIEWS.get(name, (0, strong_augment))
+        steps = {**limits, "augment": partial(augment, generator=generator), "adapter": adapter}
         for step in steps.values():
             step(x)
-        rounds = 3 if name in VIEWS else options.rounds
+        rounds = 3 if views > 1 else options.rounds
         taken = [{label: seconds(step, x) for label, step in steps.items()} for _ in range(rounds)]
         ms = {label: 1000 * statistics.median(times[label] for times in taken) for label in steps}
         forwards, backwards = PASSES.get(name, (kind.forwards, kind.backwards))
         forward = ms["plain"] if name in SOURCE_STATISTICS else ms["forward"]
         backward = ms["all" if name in ALL_WEIGHTS else "norms"] - ms["forward"]
-        implied = forwards * forward + backwards * backward + VIEWS.get(name, 0) * ms["augment"]
+        implied = forwards * forward + backwards * backward + views * ms["augment"]
         passes = f"{forwards:g} + {backwards:g}"
         print(
             f"{name:17s} {ms['adapter']:8.1f} {ms['adapter'] / ms['plain']:12.2f} {passes:>12s} {implied:12.1f} "

@@ -41,7 +41,8 @@ class UNPG(nn.Module):
     """Cross-entropy of a margin softmax head whose denominators hold the batch's negative pairs as well.
 
     Args:
-        head: `CosFace`, `ArcFace`, `MagFace` or another `CosineHead`; its weights are this loss's parameters.
+        head: `CosFace`, `ArcFace`, `MagFace` or another `CosineHead`; its weights are this loss's parameters: give
+            the optimizer ``loss.parameters()`` beside the network's.
         wisk: pairs further than this many interquartile ranges outside the quartiles are left out, >= 0: the easiest,
             and the suspiciously hard ones, which may be one identity under two labels. 1.5 as the authors take for
             MS1MV2 with ResNet-100, 1.0 for K-FACE with ResNet-34.

@@ -87,8 +87,12 @@ def test_bad_input_is_refused():
             built()(nn.Identity(), *arguments)
     for settings, message in [
         ({"augment": lambda x: x[1:]}, r"augment must keep the shape \(6, 3\), got \(5, 3\)"),
-        ({"adaptation": lambda model, source, target: target}, r"adaptation must return a scalar, got \(4, 3\)"),
+        (
+            {"adaptation": lambda model, source, target: target},
+            r"adaptation must return a scalar tensor, got float64 \(4, 3\)",
+        ),
         ({"calibration": lambda logits, labels: logits}, "calibration must return a scalar"),
+        ({"calibration": lambda logits, labels: 0.5}, "calibration must return a scalar tensor, got float"),
     ]:
         with pytest.raises(InputError, match=message):
             built(**settings)(nn.Identity(), source, labels, target)
@@ -101,6 +105,7 @@ def test_bad_input_is_refused():
         with pytest.raises(InputError, match=message):
             scored(nn.Identity(), source, labels_, target)
     for outputs, message in [
+        ("model", "model must be a function or a module, got str"),
         (lambda x: {"scores": x}, r"model must give logits \(n, c\), floating point, got dict"),
         (lambda x: x[:, 0], r"model must give logits \(n, c\), floating point, got float64 \(6,\)"),
     ]:

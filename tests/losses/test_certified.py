@@ -324,6 +324,16 @@ def test_images_that_do_not_fit_the_model_are_refused(model, shape, told):
 
 
 @pytest.mark.bad_input
+@pytest.mark.parametrize("name", ["mean", "std"])
+@pytest.mark.parametrize("pixels", [None, (0.0, 1.0)])
+def test_a_normalisation_of_other_channels_than_the_images_is_refused(name, pixels):
+    loss = CertifiedIBP(convolutional(), pixels=pixels, **{name: (0.1, 0.2)})
+    told = rf"{name} must be one number or 1, as images of shape \(3, 1, 8, 8\) have on axis 1, got 2"
+    with pytest.raises(InputError, match=told):
+        loss(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("loader", "told"),
     [

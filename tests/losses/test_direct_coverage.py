@@ -209,7 +209,7 @@ def test_malformed_companions_are_refused_in_words(extra, told):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("samples", [0, -1, 1.5, float("inf"), float("nan"), True])
+@pytest.mark.parametrize("samples", [0, -1, 1.5, float("inf"), float("nan"), True, 10**30])
 def test_the_number_of_samples_is_a_positive_integer(samples):
     for call in (
         lambda: DirectCoverage(samples=samples),

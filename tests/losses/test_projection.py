@@ -70,6 +70,10 @@ def test_what_cannot_be_measured_is_refused():
             camera_bias(*args, **named)
     with pytest.raises(InputError, match="camera must have 6 rows"):
         perspective(points, camera[:5])
-    camera[2, 0] = -1
-    with pytest.raises(InputError, match="camera must be in front of all points, it is not at row 2, column 0"):
+    for scale in (-1, 0):
+        camera[2, 0] = scale
+        with pytest.raises(InputError, match=f"camera must have a positive scale in column 0, found {scale} at row 2"):
+            perspective(points, camera)
+    camera[2, 0] = 1e6
+    with pytest.raises(InputError, match="camera must be in front of all points, it is not at row 2, column"):
         perspective(points, camera)

@@ -133,6 +133,8 @@ BAD = [
     ({"thresholds": torch.tensor([0.1, -0.2])}, "thresholds must be >= 0, found -0.2"),
     ({"thresholds": torch.tensor([[0.1]])}, r"thresholds must be a number or have shape \(k,\), got \(1, 1\)"),
     ({"thresholds": torch.tensor([torch.nan])}, "thresholds must be finite"),
+    ({"thresholds": None}, "thresholds must be a numeric tensor or array, got NoneType"),
+    ({"thresholds": "x"}, "thresholds must be a numeric tensor or array, got str"),
     ({"weak": 1.5}, r"weak must lie in \[0, 1\]"),
     ({"distance": "l2"}, "distance must be one of l1, mse, got 'l2'"),
     ({"reduction": "max"}, "reduction must be one of mean, sum, none, got 'max'"),

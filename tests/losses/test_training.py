@@ -7,7 +7,20 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from trimtab.core.checks import InputError
 from trimtab.core.progress import OutOfTime, limit
-from trimtab.losses import OBJECTIVES, DirectCoverage, Indexed, Objective, ZLoss, train
+from trimtab.losses import (
+    MESA,
+    MNDCG,
+    OBJECTIVES,
+    SAF,
+    ArcFace,
+    CertifiedIBP,
+    DirectCoverage,
+    Indexed,
+    Mixup,
+    Objective,
+    ZLoss,
+    train,
+)
 
 BINARY = ("AnyLoss", "EnsLoss")
 
@@ -185,12 +198,12 @@ def test_what_cannot_be_trained_is_refused_in_words():
         ([(x, labels)], lambda logits, labels: logits.sum() / 0, "gave a loss of .* in epoch 0, step 0"),
     ):
         with pytest.raises(InputError, match=told):
-            train(model, given, name, epochs=1, classes=2)
+            train(model, given, name, epochs=3, classes=2)
     with pytest.raises(InputError, match=r"model must give logits of 2 classes, got \(30, 3\)"):
         train(network(3), loader, "EnsLoss", epochs=1, classes=2)
     for name in ("CrossEntropy", "Mixup", "RankMixup", "SAF", "MESA", torch.nn.functional.cross_entropy):
         with pytest.raises(InputError, match=r"model must give logits of 7 classes, got"):
-            train(network(3), loader, name, epochs=1, classes=7)
+            train(network(3), loader, name, epochs=3, classes=7)
     with pytest.raises(InputError, match="loader must yield batches, as a DataLoader does, got TensorDataset"):
         train(model, torch.utils.data.TensorDataset(x, labels), "Focal", epochs=1, classes=2)
     for given, name, told in (
@@ -198,19 +211,88 @@ def test_what_cannot_be_trained_is_refused_in_words():
         (iter([(x, labels)]), "Mixup", "none in epoch 1"),
         ([(x, labels, x[:, 0])], "Focal", "whole sample numbers"),
         ([(x, labels)], ZLoss, "objective must be a function or a module, got the class ZLoss"),
-        ([(x, labels)], DirectCoverage(samples=2, reduction="none"), "must give a scalar"),
+        (
+            [(x, labels)],
+            DirectCoverage(samples=2, reduction="none"),
+            r"objective DirectCoverage must return a scalar tensor, got float32 \(120,\)",
+        ),
     ):
         with pytest.raises(InputError, match=told):
             train(model, given, name, epochs=2, classes=2)
     wild = partial(torch.optim.SGD, lr=float("inf"))
     with pytest.raises(InputError, match="not finite: the learning rate is too high"):
         train(network(2), [(x, labels)], "Focal", epochs=1, classes=2, optimizer=wild)
-    with pytest.raises(InputError, match="optimizer must build one from parameters, got Adam"):
-        train(model, loader, "Focal", epochs=1, classes=2, optimizer=torch.optim.Adam(model.parameters()))
     with pytest.raises(InputError, match="all are frozen"):
         train(network(2).requires_grad_(False), loader, "Focal", epochs=1, classes=2)
     with pytest.raises(InputError, match="epochs must be at least 1"):
         train(model, loader, "ZLoss", epochs=0, classes=2)
+
+
+def _adam():
+    return torch.optim.Adam(network(2).parameters())
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("argument", "given", "told"),
+    [
+        ("model", "m", "model must be an nn.Module, got str"),
+        ("model", lambda points: points, "model must be an nn.Module, got function"),
+        ("optimizer", _adam(), "optimizer must build an Optimizer from parameters, got Adam"),
+        ("optimizer", "adam", "optimizer must build an Optimizer from parameters, got str"),
+        ("optimizer", lambda parameters: None, "optimizer must build an Optimizer from parameters, got NoneType"),
+        ("schedule", "cosine", "schedule must build an LRScheduler from an optimizer, got str"),
+        ("schedule", torch.optim.lr_scheduler.StepLR(_adam(), 1), "LRScheduler from an optimizer, got StepLR"),
+        ("schedule", lambda optimizer: None, "schedule must build an LRScheduler from an optimizer, got NoneType"),
+        ("objective", lambda logits, labels: 0.5, "objective <lambda> must return a scalar tensor, got float"),
+        (
+            "objective",
+            lambda logits, labels: logits.sum().detach(),
+            "objective must give a loss with a gradient, that of <lambda> is detached",
+        ),
+        ("objective", MESA(network(2)), "MESA does not .*argument: 'x'.*; give its name, \"MESA\""),
+        ("objective", SAF(samples=120, classes=2), "SAF does not .*'index'.*; give its name, \"SAF\""),
+        ("objective", Mixup(), 'objective must need logits and labels alone, Mixup does not .*, "Mixup"'),
+        ("objective", MNDCG(), 'MNDCG does not .*; give its name, "MNDCG"'),
+        ("objective", lambda logits: logits.mean(), "<lambda> does not .*too many positional.*; write the loop"),
+        (
+            "objective",
+            ArcFace(2, 2),
+            "objective must have no parameters of its own, ArcFace has weight; write the loop",
+        ),
+        (
+            "objective",
+            CertifiedIBP(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))),
+            "parameters of its own, CertifiedIBP has bounds.*; write the loop",
+        ),
+    ],
+)
+def test_what_an_argument_must_be_is_told(argument, given, told):
+    arguments = {"model": network(2), "objective": "Focal", "epochs": 1, "classes": 2, argument: given}
+    with pytest.raises(InputError, match=told):
+        train(loader=task(2)[2], **arguments)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", ["SAF", "MESA"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_epochs_in_which_nothing_would_be_added_to_the_cross_entropy_are_refused(name, epochs):
+    with pytest.raises(InputError, match=f"epochs must be at least 3 for {name}, .* got {epochs}"):
+        train(network(2), task(2)[2], name, epochs=epochs, classes=2)
+
+
+def test_a_loss_written_in_c_and_one_with_a_frozen_teacher_are_objectives():
+    class Distilled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.teacher = nn.Parameter(torch.eye(2), requires_grad=False)
+
+        def forward(self, logits, labels):
+            return nn.functional.mse_loss(logits, self.teacher[labels])
+
+    for loss in (Distilled(), partial(torch._C._nn.cross_entropy_loss, reduction=1)):
+        before = network(2)
+        assert not torch.equal(train(network(2), task(2)[2], loss, epochs=1, classes=2)[0].weight, before[0].weight)
 
 
 def test_it_stops_where_the_time_is_up():

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from trimtab.core import checks
 from trimtab.core.checks import InputError
-from trimtab.losses.base import batch, flat_labels, logits_from, same_device, widened
+from trimtab.losses.base import batch, flat_labels, logits_from, same_device, scalar, widened
 
 
 class AugCalTerms(NamedTuple):
@@ -109,8 +109,8 @@ class AugCal(nn.Module):
             target: (m, ...) unlabelled real inputs, finite; the base method's processing is left as it is.
 
         Raises:
-            InputError: an input is malformed, `augment` changes the batch's shape, `model` gives no logits, or a part
-                is no scalar.
+            InputError: an input is malformed, `augment` changes the batch's shape, `model` is nothing to be called or
+                gives no logits, or a part is no scalar.
         """
         task, adaptation, calibration = self.terms(model, source, labels, target)
         return task + self.adaptation_weight * adaptation + self.weight * calibration
@@ -123,6 +123,7 @@ class AugCal(nn.Module):
         target: Float[Tensor, "m *other"],
     ) -> AugCalTerms:
         """The three parts, to be logged or weighted otherwise; arguments and errors as in `forward`."""
+        checks.function(model, "model")
         same_device(source=source, labels=labels, target=target)
         source, target = batch(source, "source"), batch(target, "target")
         augmented = self.augment(source)
@@ -133,9 +134,7 @@ class AugCal(nn.Module):
             self.task(logits, labels), self.adaptation(model, augmented, target), self.calibration(logits, labels)
         )
         for name, value in parts._asdict().items():
-            if value.shape != ():
-                raise InputError(f"{name} must return a scalar, got {tuple(value.shape)}")
-            checks.finite(value, name)
+            checks.finite(scalar(value, name), name)
         return parts
 
 

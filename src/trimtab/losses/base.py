@@ -89,6 +89,14 @@ def batch(value: Tensor, name: str) -> Tensor:
     return checks.finite(x, name)
 
 
+def scalar(value: Any, name: str) -> Float[Tensor, ""]:
+    """What a part that the caller brings returns, refused where it is no tensor without axes."""
+    if not isinstance(value, Tensor) or value.shape != ():
+        got = checks.described(value) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"{name} must return a scalar tensor, got {got}")
+    return value
+
+
 def reduced(values: Tensor, reduction: Reduction) -> Tensor:
     """The mean or the sum of `values`, or `values` as they are."""
     if reduction == "none":

@@ -82,7 +82,8 @@ class CertifiedIBP(nn.Module):
         model: a classifier that `nn.IntervalBounds` can bound. It is a submodule of the loss: give the optimizer
             ``model.parameters()``.
         eps: the radius to be certified, in units of the pixels before normalisation; 8/255 as for CIFAR-10.
-        mean: of the normalisation that the images have gone through, one number or one a channel; 0.
+        mean: of the normalisation that the images have gone through, one number, or one for each entry on axis 1
+            (channel); 0.
         std: of that normalisation; 1.
         pixels: the range of a pixel before normalisation, at which boxes end; None for inputs that have none.
         weight: of the regularisers at eps = 0; it falls linearly to 0 at the full eps. 0.5 as in the paper (0.2 for
@@ -148,7 +149,8 @@ class CertifiedIBP(nn.Module):
                 the full one.
 
         Raises:
-            InputError: a shape, type, device or value is wrong, or eps is above the full one.
+            InputError: a shape, type, device or value is wrong, `mean` or `std` does not fit the images, or eps is
+                above the full one.
         """
         now = self.eps if eps is None else checks.number(eps, "eps", low=0, high=self.eps)
         box, bounds, y = self._bounded(images, labels, now)
@@ -209,6 +211,12 @@ class CertifiedIBP(nn.Module):
 
     def _box(self, x: Tensor, eps: float) -> Interval:
         """All normalised pixels within `eps` of `x`."""
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, x.shape[1]):
+                raise InputError(
+                    f"{name} must be one number or {x.shape[1]}, as images of shape {tuple(x.shape)} have on axis 1, "
+                    f"got {len(values)}"
+                )
         shape = (-1, *(1,) * (x.ndim - 2))
         mean, std = x.new_tensor(self.mean).view(shape), x.new_tensor(self.std).view(shape)
         radius = (eps / std).expand_as(x)

@@ -35,6 +35,8 @@ from trimtab.core.checks import InputError
 from trimtab.core.precision import doubled
 from trimtab.losses.base import Reduction, reduced, same_device, widened
 
+_MOST = 2**53  # the last whole number up to which float64 holds all
+
 
 class DirectCoverage(nn.Module):
     """F(N, p) times the negative log-likelihood of every answer, with F held constant.
@@ -49,7 +51,7 @@ class DirectCoverage(nn.Module):
     - chains of thought: `chances` gives p, estimated as the share of sampled chains that end in the right answer.
 
     Args:
-        samples: N, how many answers will be drawn, >= 1; the authors use 1 (cross-entropy) to 4096.
+        samples: N, how many answers will be drawn, 1 to 2^53; the authors use 1 (cross-entropy) to 4096.
         length_normalize: divide each row's loss by its number of tokens, as the authors' command line does. False: the
             gradient of the paper.
         shift: whether the token at position t is predicted by the logits at t - 1, as causal language models' logits
@@ -84,7 +86,7 @@ class DirectCoverage(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        self.samples = checks.integer(samples, "samples", low=1)
+        self.samples = checks.integer(samples, "samples", low=1, high=_MOST)
         self.length_normalize = length_normalize
         self.shift = shift
         self.ignore_index = checks.integer(ignore_index, "ignore_index")
@@ -155,7 +157,7 @@ def coverage_loss(log_p: Float[Tensor, " n"], samples: int) -> Float[Tensor, " n
 
     Args:
         log_p: (n,), log-probabilities of answers, such as `answer_log_prob` gives, <= 0 and finite.
-        samples: N >= 1.
+        samples: N, 1 to 2^53.
 
     Returns:
         (n,), at least float32; differentiable once.
@@ -174,7 +176,7 @@ def coverage_loss(log_p: Float[Tensor, " n"], samples: int) -> Float[Tensor, " n
     """
     log_p = widened(_floating(log_p, "log_p"))
     checks.within(checks.finite(log_p, "log_p"), "log_p", -math.inf, 0)
-    samples = checks.integer(samples, "samples", low=1)
+    samples = checks.integer(samples, "samples", low=1, high=_MOST)
     exact = doubled(log_p.detach())
     p = exact.exp()
     likely = -torch.log(-torch.expm1(samples * torch.log1p(-p)))
@@ -188,7 +190,7 @@ def coverage_factor(p: Float[Tensor, " n"], samples: int) -> Float[Tensor, " n"]
 
     Args:
         p: (n,), in 0..1.
-        samples: N >= 1.
+        samples: N, 1 to 2^53.
 
     Returns:
         (n,), in 0..1, computed and returned in float64 (float32 on Apple's GPUs): 1 at p = 0, 0 at p = 1 (where N > 1),
@@ -207,7 +209,7 @@ def coverage_factor(p: Float[Tensor, " n"], samples: int) -> Float[Tensor, " n"]
         Chen et al., NeurIPS 2025, arXiv 2502.07154.
     """
     p = checks.within(_floating(p, "p"), "p", 0, 1)
-    return _factor(doubled(p.detach()), checks.integer(samples, "samples", low=1))
+    return _factor(doubled(p.detach()), checks.integer(samples, "samples", low=1, high=_MOST))
 
 
 _UNLIKELY = {torch.float64: -600.0, torch.float32: -80.0}  # where probabilities are about to underflow

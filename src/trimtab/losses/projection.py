@@ -33,7 +33,7 @@ def perspective(
 
     Args:
         points: (n, k, 3) in metres, around the body's root; the camera looks along the third axis.
-        camera: (n, 3) scale, and translations to the right and down: the body stands at the distance
+        camera: (n, 3) scale, > 0, and translations to the right and down: the body stands at the distance
             2 focal / (size scale + 1e-9).
         focal: focal length, in pixels; 5000.
         size: side of the crop, in pixels; 256.
@@ -58,6 +58,9 @@ def perspective(
     checks.number(focal, "focal", low=0.0, low_open=True)
     checks.number(size, "size", low=0.0, low_open=True)
     scale, x, y = camera.unbind(1)
+    if not checks.unread(scale) and bool((scale <= 0).any()):
+        first = int((scale <= 0).to(torch.uint8).argmax())
+        raise InputError(f"camera must have a positive scale in column 0, found {scale[first]:g} at row {first}")
     placed = points + torch.stack((x, y, 2 * focal / (size * scale + 1e-9)), 1)[:, None]
     behind = placed[..., 2] <= 0
     if not checks.unread(behind) and bool(behind.any()):
@@ -89,7 +92,8 @@ def camera_bias(
 
     Example:
         >>> body = torch.randn(50, 6, 3, generator=torch.Generator().manual_seed(0)) / 2
-        >>> seen = perspective(body, torch.tensor([[0.9, 0.0, 0.1]]).expand(50, 3), focal=500.0)
+        >>> camera = torch.tensor([[0.9, 0.0, 0.1]])  # scale, right, down
+        >>> seen = perspective(body, camera.expand(50, 3), focal=500.0)
         >>> bool((camera_bias(body, seen, focal=500.0) < 1e-9).all())
         True
         >>> bool((camera_bias(body, seen) > 1e-4).all())

@@ -72,6 +72,7 @@ class ThresholdAdaptiveScaling(nn.Module):
         reduction: Reduction = "sum",
     ):
         super().__init__()
+        checks.tensor(thresholds, "thresholds")
         limits = torch.as_tensor(thresholds).clone()
         if limits.ndim > 1 or limits.numel() == 0 or limits.is_complex():
             raise InputError(f"thresholds must be a number or have shape (k,), got {tuple(limits.shape)}")

@@ -8,6 +8,7 @@ with them; in a loop of your own the losses are one line each.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 
 from trimtab.core import checks, modules, progress
 from trimtab.core.checks import InputError
-from trimtab.core.optimizers import ADAM, OptimizerFactory
+from trimtab.core.optimizers import ADAM, OptimizerFactory, built
 from trimtab.core.predictions import take_apart
 from trimtab.losses.anyloss import AnyLoss
-from trimtab.losses.base import logits_from, pair
+from trimtab.losses.base import logits_from, pair, scalar
 from trimtab.losses.calibration_terms import DCA, MDCA, MMCE
 from trimtab.losses.direct_coverage import DirectCoverage
 from trimtab.losses.ensloss import EnsLoss
@@ -100,16 +101,17 @@ def train(
         loader: batches of (inputs, labels), or mappings with ``labels``. Gone through once an epoch. SAF asks for the
             samples' numbers: a DataLoader over a dataset with a length and numbered items gets them here; anything else
             is to yield them, as a third item or as ``index``.
-        objective: a name of `OBJECTIVES`, a loss called with logits and labels, or an `Objective`.
-        epochs: how often the loader is gone through, >= 1.
+        objective: a name of `OBJECTIVES`, a loss called with logits and labels that has nothing to train itself, or an
+            `Objective`.
+        epochs: how often the loader is gone through, >= 1; >= 3 for SAF and MESA.
         classes: number of classes c.
         optimizer: builds the optimizer from the parameters; Adam 1e-3.
         schedule: builds a schedule from the optimizer; stepped once an epoch.
         seed: of whatever is drawn: dropout, mixtures, and the order of a loader that shuffles without a generator.
 
     Raises:
-        InputError: the name is unknown, a batch has no labels, an epoch no batches, the model gives logits of other
-            classes, the objective refuses a batch, or a loss or the trained weights are not finite.
+        InputError: an argument is not what it must be, a batch has no labels, an epoch no batches, the model gives
+            logits of other classes, the objective refuses a batch, or a loss or the trained weights are not finite.
         OutOfTime: the time `limit` was reached.
 
     Example:
@@ -124,19 +126,20 @@ def train(
     """
     checks.integer(epochs, "epochs", low=1)
     checks.integer(seed, "seed", low=0)
-    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
-        raise InputError(f"optimizer must build one from parameters, got {type(optimizer).__name__}")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be an nn.Module, got {type(model).__name__}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("model must have parameters that train, all are frozen")
     checks.loader(loader)
     device = modules.device_of(model)
     task = Task(model, checks.integer(classes, "classes", low=2), _samples(loader), epochs, seed)
-    name = objective if isinstance(objective, str) else type(objective).__name__
+    name = objective if isinstance(objective, str) else _name(objective)
     objective = _objective(objective, task)
     if objective.numbers:
         loader = numbered(loader)
-    moving = optimizer(parameter for parameter in model.parameters() if parameter.requires_grad)
-    scheduled = None if schedule is None else schedule(moving)
+    parameters = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    moving = built(optimizer, parameters, "optimizer", torch.optim.Optimizer)
+    scheduled = None if schedule is None else built(schedule, moving, "schedule", torch.optim.lr_scheduler.LRScheduler)
     training = model.training
     model.train()
     try:
@@ -146,9 +149,9 @@ def train(
                 step = -1
                 for step, batch in enumerate(loader):
                     progress.in_time()
-                    loss = objective.loss(model, _batch(batch, epoch, device))
-                    if loss.shape != ():
-                        raise InputError(f"{name} must give a scalar, got {tuple(loss.shape)}")
+                    loss = scalar(objective.loss(model, _batch(batch, epoch, device)), f"objective {name}")
+                    if not loss.requires_grad:
+                        raise InputError(f"objective must give a loss with a gradient, that of {name} is detached")
                     if not bool(loss.isfinite()):
                         raise InputError(f"{name} gave a loss of {loss.item()} in epoch {epoch}, step {step}")
                     moving.zero_grad()
@@ -171,10 +174,33 @@ def _objective(objective: str | Loss | Objective, task: Task) -> Objective:
     if isinstance(objective, Objective):
         return objective
     if not isinstance(objective, str):
-        return _of_logits(checks.function(objective, "objective"), task)
+        return _of_logits(_loss(objective), task)
     if objective not in OBJECTIVES:
         raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     return OBJECTIVES[objective](task)
+
+
+def _loss(objective: Any) -> Loss:
+    """A loss that needs no more than logits and labels, and has nothing to train itself."""
+    call, own, name = checks.function(objective, "objective"), [], _name(objective)
+    if isinstance(objective, nn.Module):
+        call, own = objective.forward, [key for key, value in objective.named_parameters() if value.requires_grad]
+    instead = f'give its name, "{name}"' if name in OBJECTIVES else "write the loop"
+    try:
+        inspect.signature(call).bind(None, None)
+    except TypeError as error:
+        raise InputError(
+            f"objective must need logits and labels alone, {name} does not ({error}); {instead}"
+        ) from error
+    except ValueError:
+        pass  # what is written in C may not tell
+    if own:
+        raise InputError(f"objective must have no parameters of its own, {name} has {own[0]}; {instead}")
+    return objective
+
+
+def _name(objective: Any) -> str:
+    return getattr(objective, "__name__", type(objective).__name__)
 
 
 def _samples(loader: Iterable[Any]) -> int | None:
@@ -252,7 +278,7 @@ def _ranked(ranking: RankMixup | MNDCG, sets: int) -> Callable[[Task], Objective
 def _remembered(task: Task) -> Objective:
     if task.samples is None:
         raise InputError(_UNNUMBERED)
-    lookback, start = _delays(task.epochs)
+    lookback, start = _delays(task, "SAF")
     saf = SAF(samples=task.samples, classes=task.classes, start=start, lookback=lookback)
 
     def step(model: nn.Module, batch: Batch) -> Tensor:
@@ -264,7 +290,7 @@ def _remembered(task: Task) -> Objective:
 
 
 def _averaged(task: Task) -> Objective:
-    _, start = _delays(task.epochs)
+    _, start = _delays(task, "MESA")
     mesa = MESA(task.model, decay=0.99, start=start)
 
     def step(model: nn.Module, batch: Batch) -> Tensor:
@@ -273,9 +299,11 @@ def _averaged(task: Task) -> Objective:
     return Objective(step, mesa.update)
 
 
-def _delays(epochs: int) -> tuple[int, int]:
+def _delays(task: Task, name: str) -> tuple[int, int]:
     """Look-back and start of SAF and MESA: 3 and 5, sooner in a training of few epochs (the authors: 30 % of them)."""
-    start = min(5, max(1, math.ceil(0.3 * epochs)))
+    if task.epochs < 3:
+        raise InputError(f"epochs must be at least 3 for {name}, in fewer it is plain cross-entropy, got {task.epochs}")
+    start = min(5, math.ceil(0.3 * task.epochs))
     return min(3, start), start
 
 

@@ -1,7 +1,9 @@
 """The audit's training with other objectives, beside the correction after training."""
 
+import html
 import io
 import json
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from trimtab.audit import objectives as module
 from trimtab.audit.brief import brief
 from trimtab.audit.report import render, tables
 from trimtab.audit.report.captions import trained as caption
-from trimtab.audit.report.verdict import training_sentence
+from trimtab.audit.report.verdict import failures, training_sentence
 from trimtab.audit.result import NOTHING, AuditResult, TrainedModel
 from trimtab.calibration import TemperatureScaling, Uncalibrated, select
 from trimtab.core.checks import InputError
@@ -77,20 +79,24 @@ def test_every_objective_has_its_row_and_the_model_stays(tmp_path):
     for name in ("", "ZLoss", "SAF"):
         change = rows[name].after["log_loss"][0] - rows["CrossEntropy"].after["log_loss"][0]
         assert rows[name].change["log_loss"][0] == pytest.approx(change)
-    assert rows["CrossEntropy"].change == rows["EnsLoss"].change == {}
+        gain = rows[name].after["log_loss"][0] - rows[""].after["log_loss"][0]
+        assert not name or rows[name].gain["log_loss"][0] == pytest.approx(gain)
+    assert rows["CrossEntropy"].change == rows["EnsLoss"].change == rows[""].gain == rows["EnsLoss"].gain == {}
+    assert rows["CrossEntropy"].gain["log_loss"][2] < 0
 
 
-def model(name, loss, *, width=0.05, change=None, failed=None):
+def model(name, loss, *, width=0.05, change=None, gain=None, failed=None):
     """A row of the table whose log loss falls by 0.1 on scaling."""
     before, after = (
         {"accuracy": NOTHING, "ece": NOTHING, "log_loss": (x, x - width, x + width)} for x in (loss + 0.1, loss)
     )
-    moved = {} if change is None else {"log_loss": change}
+    moved, won = ({} if pair is None else {"log_loss": pair} for pair in (change, gain))
     seconds, file = (0.03, f"trained-{name}.safetensors") if name and not failed else (float("nan"), "")
-    return TrainedModel(name, before, after, seconds, failed, file, moved)
+    return TrainedModel(name, before, after, seconds, failed, file, moved, won)
 
 
-LEFT, CONTROL = model("", 0.45, change=(0.04, 0.01, 0.07)), model("CrossEntropy", 0.41)
+CLEAR, UNCLEAR = (-0.04, -0.07, -0.01), (-0.04, -0.07, 0.01)
+LEFT, CONTROL = model("", 0.45, change=(0.04, 0.01, 0.07)), model("CrossEntropy", 0.41, gain=CLEAR)
 FAILED = model("EnsLoss", float("nan"), failed="classes must be 2")
 
 
@@ -98,7 +104,7 @@ FAILED = model("EnsLoss", float("nan"), failed="classes must be 2")
     ("other", "best", "said", "told", "mark"),
     [
         (
-            model("SAF", 0.40, change=(-0.01, -0.02, -0.005)),
+            model("SAF", 0.40, change=(-0.01, -0.02, -0.005), gain=CLEAR),
             "SAF",
             "trained on with SAF, the model has a log loss of 0.500, and of 0.400 after temperature scaling, clearly "
             "better than the 0.410 of CrossEntropy; temperature scaling alone gives 0.450.",
@@ -106,11 +112,18 @@ FAILED = model("EnsLoss", float("nan"), failed="classes must be 2")
             ("\u22120.010", "clearly better"),
         ),
         (
-            model("SAF", 0.40, change=(-0.01, -0.02, 0.005)),
-            "SAF",
+            model("SAF", 0.40, change=(-0.01, -0.02, 0.005), gain=CLEAR),
+            None,
             "not told apart from the 0.410 of CrossEntropy",
             "that is within uncertainty.",
             ("\u22120.010", "within uncertainty"),
+        ),
+        (
+            model("SAF", 0.40, change=(-0.01, -0.02, -0.005), gain=UNCLEAR),
+            None,
+            "clearly better than the 0.410 of CrossEntropy",
+            "held against cross-entropy's 0.410 (0.360 to 0.460), that is clearly better.",
+            ("\u22120.010", "clearly better"),
         ),
         (
             model("SAF", 0.43, change=(0.02, 0.01, 0.03)),
@@ -120,26 +133,31 @@ FAILED = model("EnsLoss", float("nan"), failed="classes must be 2")
             ("+0.020", "clearly worse"),
         ),
     ],
-    ids=["better", "unclear", "worse"],
+    ids=["better", "unclear", "no gain", "worse"],
 )
 def test_an_objective_is_judged_against_the_control(other, best, said, told, mark):
     result = replace(fake(n=200), trained=[LEFT, CONTROL, other, FAILED])
     result.settings.update(training_epochs=5, learning_rate=1e-3)
     rows = {row[0].text: row for row in tables.trained(result).rows}
-    assert [name for name, row in rows.items() if row[0].badge == "best"] == [best]
+    assert [name for name, row in rows.items() if row[0].badge == "best"] == [best] * (best is not None)
     assert rows["SAF"][-2][:2] == mark
-    assert rows["SAF"][0].note == "trained-SAF.safetensors"
+    assert rows["SAF"][0].file == "trained-SAF.safetensors"
     assert [rows["CrossEntropy"][-2].text, rows["EnsLoss"][-2].text] == ["\u2013"] * 2
     assert [row[-1].text for row in rows.values()] == ["\u2013", "0.03\u202fs", "0.03\u202fs", "\u2013"]
     assert said in training_sentence(result.trained)
     assert told in caption(result)
     page = render(result)
-    assert f"trimtab.losses.train(model, loader, &#34;{best}&#34;, epochs=5, classes=10" in page.replace('"', "&#34;")
-    assert f"trained-{best}.safetensors" in page.partition("To take the copy")[2]
-    assert page.count('<span class="badge">best</span>') == 1
+    told_so = "Nothing is clearly better than both the model as it is and training on with cross-entropy."
+    assert (told_so in page) == (best is None)
+    assert ("To train on like this:" in page) == (best is not None)
+    assert f'train(model, loader, "{best or "CrossEntropy"}", epochs=5, classes=10' in page
+    assert f"trained-{best or 'CrossEntropy'}.safetensors" in page.partition("To take the copy")[2]
+    assert page.count('<span class="badge">best</span>') == (best is not None)
     console = Console(width=2000, record=True, file=io.StringIO())
     console.print(brief(result, Path("out")))
-    assert said[1:] in console.export_text()
+    text = console.export_text()
+    assert said[1:] in text
+    assert "Training on with EnsLoss failed: classes must be 2." in text
 
 
 def test_without_a_control_or_anything_trained_nothing_is_judged():
@@ -149,7 +167,27 @@ def test_without_a_control_or_anything_trained_nothing_is_judged():
     assert {row[-2].text for row in tables.trained(alone).rows} == {"\u2013"}
     none = replace(alone, trained=[LEFT, lost, FAILED])
     assert "could not be trained on" in training_sentence(none.trained)
-    assert "losses.train" not in render(none)
+    assert "trimtab.losses" not in render(none)
+    assert [sentence.split()[3] for sentence in failures(none.trained)] == ["CrossEntropy", "EnsLoss"]
+    assert "no time to train" in training_sentence([LEFT])
+
+
+def test_the_model_as_it_is_may_be_best():
+    result = replace(fake(n=200), trained=[model("", 0.40, change=CLEAR), CONTROL])
+    result.settings.update(training_epochs=5, learning_rate=1e-3)
+    assert [row[0].badge for row in tables.trained(result).rows] == ["best", ""]
+    assert "The model as it is beats training on with cross-entropy clearly." in render(result)
+
+
+def test_the_code_in_the_report_runs_when_it_is_pasted(tmp_path, monkeypatch):
+    given = setup()
+    audit(given, tmp_path, objectives=("ZLoss",), epochs=1, **FAST)
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    blocks = re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(block, {"model": deepcopy(given.model), "loader": given.train})
+    assert ["load_state_dict" in block for block in blocks][-2:] == [False, True]
 
 
 def test_without_objectives_there_is_no_section(tmp_path):

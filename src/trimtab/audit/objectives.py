@@ -83,12 +83,11 @@ class Training:
             except OutOfTime:
                 late.append(name)
         notes = [f"Not trained with for want of time: {', '.join(late)}."] if late else []
-        control = self._piece(CONTROL)
-        if control in rows and rows[control]["failed"] is None:
-            scaled = Predictions.read(work.file(control))
-            for piece, row in rows.items():
-                if piece != control and row["failed"] is None:
-                    row["change"] = settings.compare(scaled, Predictions.read(work.file(piece)))
+        sound = {piece: Predictions.read(work.file(piece)) for piece, row in rows.items() if row["failed"] is None}
+        for key, reference in (("change", self._piece(CONTROL)), ("gain", start)):
+            for piece in sound:
+                if reference in sound and piece != reference:
+                    rows[piece][key] = settings.compare(sound[reference], sound[piece])
         return [rebuild(TrainedModel, row) for row in rows.values()], notes
 
     def _piece(self, name: str) -> str:

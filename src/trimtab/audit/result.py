@@ -80,6 +80,8 @@ class TrainedModel:
     file: str = ""
     change: dict[str, Triple] = field(default_factory=dict)
     """Measures after scaling minus those after training on with cross-entropy, bootstrapped in pairs."""
+    gain: dict[str, Triple] = field(default_factory=dict)
+    """The same against the model as it is."""
 
 
 @dataclass(frozen=True)

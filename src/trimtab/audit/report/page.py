@@ -16,7 +16,15 @@ from plotly.offline import get_plotlyjs
 from trimtab.audit.report import captions, tables
 from trimtab.audit.report.figures import FEW, figures
 from trimtab.audit.report.heat import LEVELS, MEAN, heat_maps
-from trimtab.audit.report.verdict import best_trained, chosen, confidence_gap, uncorrected, verdict
+from trimtab.audit.report.verdict import (
+    best_trained,
+    chosen,
+    clear_best,
+    confidence_gap,
+    control_of,
+    uncorrected,
+    verdict,
+)
 from trimtab.audit.report.words import (
     HEADLINE,
     Measure,
@@ -43,6 +51,8 @@ def render(result: AuditResult) -> str:
     the tables and the heat map need no script at all.
     """
     heats = heat_maps(result)
+    best = clear_best(result.trained) if result.trained else None
+    objective = best if best and best.objective else control_of(result.trained) or best_trained(result.trained[1:])
     return (
         environment()
         .get_template("report.html.jinja")
@@ -51,7 +61,8 @@ def render(result: AuditResult) -> str:
             verdict=verdict(result),
             chosen=chosen(result),
             uncorrected=uncorrected(result),
-            trained=best_trained(result.trained[1:]),
+            best=best,
+            trained=objective,
             cards=[card(result, measure) for measure in HEADLINE],
             heats=heats,
             few=FEW,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from trimtab.audit.report.verdict import best_trained, control_of, judged
+from trimtab.audit.report.verdict import clear_best, control_of, judged
 from trimtab.audit.report.words import (
     FURTHER,
     HEADLINE,
@@ -30,12 +30,13 @@ LIMIT = 50  # rows shown at first; a button shows the rest
 
 
 class Cell(NamedTuple):
-    """One cell: its text, a smaller note below it, the value that it sorts by, and a badge."""
+    """One cell: its text, a smaller note below it, the value that it sorts by, a badge, and the name of a file."""
 
     text: str
     note: str = ""
     sort: str = ""
     badge: str = ""
+    file: str = ""
 
 
 class Table(NamedTuple):
@@ -186,7 +187,7 @@ def shift_name(name: str) -> str:
 
 def trained(result: AuditResult) -> Table:
     """The model as it is and trained on with other objectives, each with and without temperature scaling."""
-    best, control, none = best_trained(result.trained), control_of(result.trained), Cell("\u2013")
+    best, control, none = clear_best(result.trained), control_of(result.trained), Cell("\u2013")
 
     def difference_cell(model: TrainedModel) -> Cell:
         if control is None or model is control or model.failed is not None:
@@ -198,9 +199,10 @@ def trained(result: AuditResult) -> Table:
         (
             Cell(
                 model.objective or "As it is",
-                f"failed: {model.failed}" if model.failed else model.file,
+                f"failed: {model.failed}" if model.failed else "",
                 model.objective,
                 "best" if model is best else "",
+                model.file,
             ),
             triple_cell(model.before["accuracy"], True),
             triple_cell(model.before["ece"], True),

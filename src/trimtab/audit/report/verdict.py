@@ -192,8 +192,10 @@ def training_sentence(models: Sequence[TrainedModel]) -> str:
     start, *others = models
     control = control_of(others)
     best = best_trained(model for model in others if model is not control) or control
+    if not others:
+        return "there was no time to train the model on."
     if best is None:
-        return "the model could not be trained on with any objective; the report says why."
+        return "the model could not be trained on with any objective."
     losses = [decimal(found["log_loss"][0]) for found in (best.before, best.after, start.after)]
     against = ""
     if control is not None and best is not control:
@@ -206,6 +208,19 @@ def training_sentence(models: Sequence[TrainedModel]) -> str:
     )
 
 
+def failures(models: Iterable[TrainedModel]) -> list[str]:
+    """With which objectives training on failed, and why, a sentence each."""
+    return [f"Training on with {m.objective} failed: {m.failed.rstrip('.')}." for m in models if m.failed]
+
+
+def clear_best(models: Sequence[TrainedModel]) -> TrainedModel | None:
+    """The best of them, where it is clearly better than the model as it is, the first, and than the control."""
+    best = best_trained(models)
+    others = [model for model in (models[0], control_of(models)) if model is not None and model is not best]
+    clear = best is not None and others and all(judged(other, best) == "better" for other in others)
+    return best if clear else None
+
+
 def best_trained(models: Iterable[TrainedModel]) -> TrainedModel | None:
     """Of those that did not fail, the one with the lowest log loss after temperature scaling."""
     return min((m for m in models if m.failed is None), key=lambda m: m.after["log_loss"][0], default=None)
@@ -216,9 +231,10 @@ def control_of(models: Iterable[TrainedModel]) -> TrainedModel | None:
     return next((m for m in models if m.objective == CONTROL and m.failed is None), None)
 
 
-def judged(control: TrainedModel, model: TrainedModel) -> Change:
-    """Whether a model's log loss after temperature scaling differs from the control's, by the paired difference."""
-    return compare(control.after["log_loss"], model.after["log_loss"], -1, model.change.get("log_loss"))
+def judged(reference: TrainedModel, model: TrainedModel) -> Change:
+    """Whether a model's log loss after scaling differs from the control's or the unchanged model's, by the pairs."""
+    paired = model.change if reference.objective else model.gain
+    return compare(reference.after["log_loss"], model.after["log_loss"], -1, paired.get("log_loss"))
 
 
 def unadapted(cells: list[ShiftCell]) -> str:

@@ -21,7 +21,8 @@ images sorted by class in batches of 20, three seeds (source / batch statistics 
 47.1, low contrast 24.9 / 18.7 / 34.7, impulses 61.7 / 18.1 / 53.7; single seeds lie up to 15 points below the source
 or 24 above. With one component it is instance normalisation, and at chance there: averages over maps, which the
 classifier sees, say nothing then. It needs thousands of images to leave the source: ResNet-20 on CIFAR-10, sorted by
-class, goes from 18 % right to 40 under Gaussian noise within 6 000, and stays there within 1 000. On a CPU the layer takes as long as PyTorch's own batch statistics or less.
+class, goes from 18 % right to 40 under Gaussian noise within 6 000, and stays there within 1 000. On a CPU the layer
+takes as long as PyTorch's own batch statistics or less.
 """
 
 from __future__ import annotations
